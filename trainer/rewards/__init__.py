@@ -1,0 +1,16 @@
+"""Rule-based rewards: the final answer of a completion, its grade, what it earns."""
+
+from trainer.rewards.extraction import extract_answer, extract_boxed, format_reward
+from trainer.rewards.matching import answer_key, answers_match
+from trainer.rewards.scoring import Reward, accuracy_reward, score
+
+__all__ = [
+    "Reward",
+    "accuracy_reward",
+    "answer_key",
+    "answers_match",
+    "extract_answer",
+    "extract_boxed",
+    "format_reward",
+    "score",
+]
