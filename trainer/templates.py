@@ -59,7 +59,7 @@ class Template:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the prompt; a chat template writes its own special tokens, none are added."""
+        """Token ids of the prompt; none are added to a chat template's own special tokens."""
         text = self.prompt(question, tokenizer)
         return tokenizer.encode(text, add_special_tokens=self.text is not None)
 

@@ -1,0 +1,184 @@
+"""What a run is judged by: accuracy, agreement, length and reflection, as pure functions.
+
+Shape legend: P prompts, G or K completions per prompt, S completions in all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from trainer.rewards.matching import answer_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReflectionWords:
+    """Words whose presence marks a completion as reflecting on its own work."""
+
+    words: tuple[str, ...]
+    """Matched without regard to case."""
+    whole_words: bool
+    """Match whole words only; otherwise anywhere, so that 'recheck' also finds 'rechecking'."""
+
+
+R1_REFLECTION = ReflectionWords(
+    words=(
+        "wait",
+        "mistake",
+        "however",
+        "but",
+        "retry",
+        "error",
+        "verify",
+        "wrong",
+        "evaluate",
+        "check",
+    ),
+    whole_words=True,
+)
+"""The experts' list of DeepSeek-R1, arXiv 2501.12948 v2, appendix C.2 and figure 9; whole words, since
+'but' and 'error' are parts of ordinary words (how the paper matched is not stated)."""
+
+DRGRPO_REFLECTION = ReflectionWords(
+    words=(
+        "recheck",
+        "rethink",
+        "reassess",
+        "reevaluate",
+        "re-evaluate",
+        "reevaluation",
+        "re-examine",
+        "reexamine",
+        "reconsider",
+        "reanalyze",
+        "double-check",
+        "check again",
+        "think again",
+        "verify again",
+        "go over the steps",
+    ),
+    whole_words=False,
+)
+"""The list of Dr. GRPO, arXiv 2503.20783, appendix D, matched as substrings; 'wait' and 'try again' are
+left out there as false positives. The paper also asks a language model, which is not done here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Mean completion lengths in tokens; None where there is no such completion."""
+
+    mean: float | None
+    """Over all completions."""
+    correct: float | None
+    """Over the right ones."""
+    wrong: float | None
+    """Over the wrong ones."""
+
+
+def pass_at_1(correct_PK: Sequence[Sequence[bool]]) -> float:
+    """Share of right samples, averaged over each problem's samples, then over problems.
+
+    Source: DeepSeek-R1, arXiv 2501.12948, section on evaluation: pass@1 = 1/k sum_i p_i.
+
+    Raises:
+        ValueError: there is no problem, or a problem has no sample.
+    """
+    _check_samples(correct_PK)
+    return _mean([_mean([float(c) for c in correct_K]) for correct_K in correct_PK])
+
+
+def cons_at_k(
+    extracted_PK: Sequence[Sequence[str | None]], correct_PK: Sequence[Sequence[bool]]
+) -> float:
+    """Share of problems whose majority answer is right.
+
+    Answers are grouped by `answer_key`; completions without an answer have no vote; of groups of equal
+    size the one whose first member came first wins. A problem without any answer counts as wrong.
+
+    Args:
+        extracted_PK: the extracted answers, None where there is none.
+        correct_PK: whether each was graded right; a group is right when one of its members is.
+
+    Raises:
+        ValueError: as `pass_at_1`, or the two disagree in shape.
+
+    Source: DeepSeek-R1, arXiv 2501.12948, cons@64 by majority vote.
+    """
+    _check_samples(correct_PK)
+    if [len(answers_K) for answers_K in extracted_PK] != [len(row_K) for row_K in correct_PK]:
+        raise ValueError("extracted_PK: expected the shape of correct_PK, got another")
+    return _mean(
+        [
+            float(_majority_is_right(answers_K, correct_K))
+            for answers_K, correct_K in zip(extracted_PK, correct_PK, strict=True)
+        ]
+    )
+
+
+def reflection_rate(texts: Sequence[str], words: ReflectionWords = R1_REFLECTION) -> float:
+    """Share of texts that hold at least one of the words; 0 for no texts."""
+    pattern = _word_pattern(words)
+    return _mean([float(pattern.search(text) is not None) for text in texts]) if texts else 0.0
+
+
+def lengths_by_correctness(lengths_S: Sequence[int], correct_S: Sequence[bool]) -> Lengths:
+    """Mean length in tokens of all, right and wrong completions.
+
+    Source: Dr. GRPO, arXiv 2503.20783, figure 5, plots 3 and 4.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    if len(lengths_S) != len(correct_S):
+        raise ValueError(
+            f"correct_S: expected {len(lengths_S)} values as in lengths_S, got {len(correct_S)}"
+        )
+    right = [length for length, correct in zip(lengths_S, correct_S, strict=True) if correct]
+    wrong = [length for length, correct in zip(lengths_S, correct_S, strict=True) if not correct]
+    return Lengths(
+        mean=_mean(lengths_S) if lengths_S else None,
+        correct=_mean(right) if right else None,
+        wrong=_mean(wrong) if wrong else None,
+    )
+
+
+def zero_spread_share(rewards_PG: Sequence[Sequence[float]]) -> float:
+    """Share of groups whose rewards are all the same, which give no gradient.
+
+    Source: DAPO, arXiv 2503.14476, section 3.2 (groups of accuracy 0 or 1).
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
+    """
+    _check_samples(rewards_PG)
+    return _mean([float(max(rewards_G) == min(rewards_G)) for rewards_G in rewards_PG])
+
+
+def _majority_is_right(answers_K: Sequence[str | None], correct_K: Sequence[bool]) -> bool:
+    votes: dict[object, int] = {}
+    right: dict[object, bool] = {}
+    for answer, correct in zip(answers_K, correct_K, strict=True):
+        if answer is not None:
+            key = answer_key(answer)
+            votes[key] = votes.get(key, 0) + 1
+            right[key] = right.get(key, False) or correct
+    # max keeps the first of equals, and a dict keeps the order in which answers came.
+    return bool(votes) and right[max(votes, key=votes.__getitem__)]
+
+
+@lru_cache(maxsize=8)
+def _word_pattern(words: ReflectionWords) -> re.Pattern[str]:
+    alternatives = "|".join(re.escape(word) for word in words.words)
+    boundary = r"\b" if words.whole_words else ""
+    return re.compile(f"{boundary}(?:{alternatives}){boundary}", re.IGNORECASE)
+
+
+def _check_samples(values_PK: Sequence[Sequence[object]]) -> None:
+    if not values_PK or not all(len(values_K) for values_K in values_PK):
+        raise ValueError("samples: expected at least one problem and one sample each, got none")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
