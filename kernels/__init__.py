@@ -1,0 +1,28 @@
+"""Fused policy-gradient head: from logits to loss, metrics and gradient in one pass. `ops` is the
+file to read."""
+
+from kernels.backends import available_backends
+from kernels.ops import (
+    PolicyLoss,
+    TokenLogprobs,
+    group_advantages,
+    policy_loss,
+    token_logprobs,
+)
+from kernels.sharding import VocabShard
+from kernels.spec import LossSpec
+
+# transformers probes a module of this name and takes versions from 0.9 up for Hugging Face's
+# `kernels`.
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossSpec",
+    "PolicyLoss",
+    "TokenLogprobs",
+    "VocabShard",
+    "available_backends",
+    "group_advantages",
+    "policy_loss",
+    "token_logprobs",
+]

@@ -1,0 +1,194 @@
+"""The differentiable ops between `ops` (checked arguments) and the backends (passes over the
+logits).
+
+`TokenLogprobsFunction` keeps the logits and computes their gradient in backward.
+`PolicyLossFunction` computes the gradient in forward, while the logits are at hand, and only scales
+it in backward: its buffer is handed out once, so a second backward raises. Both raise on double
+backward. Writing into the logits' memory bumps their version, so autograd refuses to run any other
+backward that still needs their old values. Shape legend: `reference.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import reference
+from kernels.backends import load_backend
+from kernels.reference import TokenBatch
+from kernels.sharding import VocabShard, merge_row_stats
+from kernels.spec import LossSpec
+
+
+def owned_columns(logits_OIW: Tensor, vocab: VocabShard | None) -> Tensor:
+    """The logits without the padding columns that follow a shard."""
+    return logits_OIW if vocab is None else logits_OIW[..., : vocab.width]
+
+
+def finish_stats(stats_4N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy, row maximum and log of the sum of exp(z - maximum), each [N].
+
+    Scalar work a row is done in float64 and rounded once, as the fused kernels do.
+    """
+    max_N, sum_N, weighted_N, target_N = stats_4N.double().unbind()
+    log_sum_N = sum_N.log()
+    logprobs_N = (target_N - max_N) - log_sum_N
+    entropy_N = log_sum_N - weighted_N / sum_N
+    dtype = stats_4N.dtype
+    return logprobs_N.to(dtype), entropy_N.to(dtype), stats_4N[0], log_sum_N.to(dtype)
+
+
+def gradient_buffer(logits_OIW: Tensor, vocab: VocabShard | None, inplace: bool) -> Tensor:
+    """Where the gradient goes: the logits' memory or new memory; padding columns are zero."""
+    buffer_OIW = (
+        logits_OIW.detach()
+        if inplace
+        else torch.empty_like(logits_OIW, memory_format=torch.contiguous_format)
+    )
+    if vocab is not None:
+        buffer_OIW[..., vocab.width :] = 0
+    return buffer_OIW
+
+
+class TokenLogprobsFunction(torch.autograd.Function):
+    """log-prob, entropy and lse of the target tokens, with gradient through the first two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_OIW: Tensor,
+        token_ids_N: Tensor,
+        inv_temperature: Tensor | float,
+        softcap: float,
+        vocab: VocabShard | None,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stats_4N = load_backend(backend).row_stats(
+            owned_columns(logits_OIW, vocab), token_ids_N, inv_temperature, softcap
+        )
+        logprobs_N, entropy_N, max_N, log_sum_N = finish_stats(
+            merge_row_stats(stats_4N, token_ids_N, vocab)
+        )
+        lse_N = max_N + log_sum_N
+        ctx.save_for_backward(logits_OIW, token_ids_N, max_N, log_sum_N, entropy_N)
+        ctx.arguments = (inv_temperature, softcap, vocab, inplace, backend)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse_N)
+        return logprobs_N, entropy_N, lse_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logprobs_N, grad_entropy_N, _ = grads
+        inv_temperature, softcap, vocab, inplace, backend = ctx.arguments
+        logits_OIW, token_ids_N, max_N, log_sum_N, entropy_N = ctx.saved_tensors
+        zero_N = torch.zeros_like(max_N)
+        out_OIW = gradient_buffer(logits_OIW, vocab, inplace)
+        load_backend(backend).grad_logits(
+            owned_columns(logits_OIW.detach(), vocab),
+            token_ids_N,
+            inv_temperature,
+            softcap,
+            max_N,
+            log_sum_N,
+            entropy_N,
+            zero_N if grad_logprobs_N is None else grad_logprobs_N.contiguous(),
+            zero_N if grad_entropy_N is None else grad_entropy_N.contiguous(),
+            owned_columns(out_OIW, vocab),
+        )
+        if inplace:
+            torch.autograd.graph.increment_version(logits_OIW)
+        return out_OIW, None, None, None, None, None, None
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """Policy loss with its gradient computed in forward; returns loss, logprobs, entropy,
+    metrics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_OIW: Tensor,
+        batch: TokenBatch,
+        spec: LossSpec,
+        inv_temperature: Tensor | float,
+        softcap: float,
+        vocab: VocabShard | None,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out_OIW = None
+        if ctx.needs_input_grad[0]:
+            out_OIW = gradient_buffer(logits_OIW, vocab, inplace)
+        ctx.gradient_OIW, ctx.backend = out_OIW, backend
+        module = load_backend(backend)
+        on_policy = batch.old_logprobs_N is None
+        if (
+            vocab is None
+            and hasattr(module, "policy_loss")
+            and reference.tokens_are_independent(spec, on_policy=on_policy)
+        ):
+            fused = module.policy_loss(
+                logits_OIW.detach(), batch, spec, inv_temperature, softcap, out_OIW
+            )
+            outputs = fused.loss, fused.logprobs_N, fused.entropy_N, fused.metrics
+        else:
+            outputs = two_pass_policy_loss(
+                logits_OIW.detach(), batch, spec, inv_temperature, softcap, vocab, backend, out_OIW
+            )
+        if inplace and out_OIW is not None:
+            torch.autograd.graph.increment_version(logits_OIW)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out_OIW, ctx.gradient_OIW = ctx.gradient_OIW, None
+        if out_OIW is None:
+            raise RuntimeError(
+                "policy_loss: a second backward through the same loss; its gradient is computed "
+                "once, in forward, and was handed out. Call policy_loss again instead"
+            )
+        load_backend(ctx.backend).scale_(out_OIW, grads[0])
+        return out_OIW, None, None, None, None, None, None, None
+
+
+def two_pass_policy_loss(
+    logits_OIW: Tensor,
+    batch: TokenBatch,
+    spec: LossSpec,
+    inv_temperature: Tensor | float,
+    softcap: float,
+    vocab: VocabShard | None,
+    backend: str,
+    out_OIW: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Any loss, sharded or not: statistics, token loss of `reference`, then the gradient."""
+    module = load_backend(backend)
+    owned_OIW = owned_columns(logits_OIW, vocab)
+    stats_4N = module.row_stats(owned_OIW, batch.token_ids_N, inv_temperature, softcap)
+    logprobs_N, entropy_N, max_N, log_sum_N = finish_stats(
+        merge_row_stats(stats_4N, batch.token_ids_N, vocab)
+    )
+    terms = reference.token_terms(batch, spec)
+    loss, coef_logprob_N, coef_entropy_N = reference.token_loss(logprobs_N, entropy_N, terms, spec)
+    metrics = reference.loss_metrics(
+        logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
+    )
+    if out_OIW is not None:
+        module.grad_logits(
+            owned_OIW,
+            batch.token_ids_N,
+            inv_temperature,
+            softcap,
+            max_N,
+            log_sum_N,
+            entropy_N,
+            coef_logprob_N.to(max_N.dtype),
+            coef_entropy_N.to(max_N.dtype),
+            owned_columns(out_OIW, vocab),
+        )
+    return loss.to(max_N.dtype), logprobs_N, entropy_N, metrics
