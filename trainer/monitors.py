@@ -38,8 +38,8 @@ R1_REFLECTION = ReflectionWords(
     ),
     whole_words=True,
 )
-"""The experts' list of DeepSeek-R1, arXiv 2501.12948 v2, appendix C.2 and figure 9; whole words, since
-'but' and 'error' are parts of ordinary words (how the paper matched is not stated)."""
+"""The experts' list of DeepSeek-R1, arXiv 2501.12948 v2, appendix C.2 and figure 9; whole words,
+since 'but' and 'error' are parts of ordinary words (how the paper matched is not stated)."""
 
 DRGRPO_REFLECTION = ReflectionWords(
     words=(
@@ -61,8 +61,8 @@ DRGRPO_REFLECTION = ReflectionWords(
     ),
     whole_words=False,
 )
-"""The list of Dr. GRPO, arXiv 2503.20783, appendix D, matched as substrings; 'wait' and 'try again' are
-left out there as false positives. The paper also asks a language model, which is not done here."""
+"""The list of Dr. GRPO, arXiv 2503.20783, appendix D, matched as substrings; 'wait' and 'try again'
+are left out there as false positives. The paper also asks a language model; this does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,9 @@ def cons_at_k(
 ) -> float:
     """Share of problems whose majority answer is right.
 
-    Answers are grouped by `answer_key`; completions without an answer have no vote; of groups of equal
-    size the one whose first member came first wins. A problem without any answer counts as wrong.
+    Answers are grouped by `answer_key`; completions without an answer have no vote; of groups of
+    equal size the one whose first member came first wins. A problem without any answer counts as
+    wrong.
 
     Args:
         extracted_PK: the extracted answers, None where there is none.

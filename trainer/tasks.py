@@ -151,13 +151,13 @@ def _hub_records(source: str, split: str) -> Iterator[_Record]:
         rows: Iterable[object] = datasets.load_dataset(name, configuration or None, split=split)
     except ConnectionError as error:
         raise DataError(
-            f"{source}: not a local file, and the Hugging Face hub cannot be reached for a data set "
-            f"of that name ({_first_line(error)})"
+            f"{source}: not a local file, and the Hugging Face hub cannot be reached for a "
+            f"data set of that name ({_first_line(error)})"
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            f"{source}: not a local file, and the Hugging Face hub gave no data set of that name with "
-            f"split {split!r} ({_first_line(error)})"
+            f"{source}: not a local file, and the Hugging Face hub gave no data set of that name "
+            f"with split {split!r} ({_first_line(error)})"
         ) from error
     for number, record in enumerate(rows, start=1):
         yield f"{source}, split {split}, row {number}", number, record
