@@ -6,6 +6,8 @@ from kernels.ops import (
     PolicyLoss,
     TokenLogprobs,
     group_advantages,
+    linear_policy_loss,
+    linear_token_logprobs,
     policy_loss,
     token_logprobs,
 )
@@ -23,6 +25,8 @@ __all__ = [
     "VocabShard",
     "available_backends",
     "group_advantages",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
 ]

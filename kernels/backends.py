@@ -113,29 +113,27 @@ def available_backends() -> dict[str, str]:
     return {name: reason() or "available" for name, reason in UNAVAILABLE_REASON.items()}
 
 
-def select_backend(name: str, logits: Tensor) -> str:
-    """The backend that will run an op on `logits`.
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will run an op on logits of this device and dtype.
 
     Raises:
         ValueError: an unknown name, or a device or dtype that the backend does not take.
         RuntimeError: the backend cannot run in this process; the message says why.
     """
     check_choice("backend", name, ("auto", *UNAVAILABLE_REASON))
-    on_cpu = logits.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     if name == "auto":
-        name = "reference" if logits.dtype == torch.float64 else "cpp" if on_cpu else "triton"
+        name = "reference" if dtype == torch.float64 else "cpp" if on_cpu else "triton"
     reason = UNAVAILABLE_REASON[name]()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name == "cpp" and not on_cpu:
-        raise ValueError(f"backend 'cpp': expected logits on the CPU, got {logits.device}")
+        raise ValueError(f"backend 'cpp': expected logits on the CPU, got {device}")
     if name == "triton" and on_cpu and not _triton_interprets():
-        raise ValueError(f"backend 'triton': expected logits on a GPU, got {logits.device}")
-    if logits.dtype not in DTYPES[name]:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[name])
-        raise ValueError(
-            f"logits: expected dtype {dtypes} for backend {name!r}, got {logits.dtype}"
-        )
+        raise ValueError(f"backend 'triton': expected logits on a GPU, got {device}")
+    if dtype not in DTYPES[name]:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES[name])
+        raise ValueError(f"logits: expected dtype {names} for backend {name!r}, got {dtype}")
     return name
 
 

@@ -10,10 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import linear, reference
 from kernels.autograd import PolicyLossFunction, TokenLogprobsFunction
 from kernels.backends import select_backend
-from kernels.reference import IGNORED, METRIC_NAMES, TokenBatch
+from kernels.checks import (
+    check_group_size,
+    checked_batch,
+    checked_head,
+    checked_layout,
+    checked_rows,
+    checked_softcap,
+    inverse_temperature,
+)
+from kernels.reference import METRIC_NAMES
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec, check_choice
 
@@ -79,16 +88,70 @@ def token_logprobs(
 
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     """
-    backend = select_backend(backend, logits)
-    rows = _checked_rows(logits, token_ids, None, vocab, inplace_backward)
+    backend = select_backend(backend, logits.device, logits.dtype)
+    rows = checked_rows(logits, token_ids, None, vocab, logits.shape[-1] if vocab is None else None)
+    logits_OIW = checked_layout(logits, inplace_backward)
     logprobs_N, entropy_N, lse_N = TokenLogprobsFunction.apply(
-        rows.logits_OIW,
+        logits_OIW,
         localize(rows.token_ids_N, vocab),
-        _inverse_temperature(temperature, token_ids),
-        _checked_softcap(softcap),
+        inverse_temperature(temperature, token_ids),
+        checked_softcap(softcap),
         vocab,
         inplace_backward,
         backend,
+    )
+    shape = token_ids.shape
+    entropy = entropy_N.view(shape) if with_entropy else None
+    return TokenLogprobs(logprobs_N.view(shape), entropy, lse_N.view(shape))
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float = 0.0,
+    with_entropy: bool = False,
+    vocab: VocabShard | None = None,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist beyond one chunk.
+
+    Any gradient may come from above, so backward computes the logits a second time: four matrix
+    products. `linear_policy_loss` needs three.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [W, D], same dtype and device.
+        bias: [W] or None.
+        chunk_tokens: tokens a chunk; None: as many as fit 128 MiB of logits (2.5 GiB on a GPU).
+        vocab: the rows of the weight that this rank holds; `hidden` is the same on all ranks.
+        The others are those of `token_logprobs`.
+
+    Returns:
+        `TokenLogprobs`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; "name: expected X, got Y".
+        RuntimeError: the backend is not available.
+
+    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, one of the
+    hidden gradient in backward.
+    """
+    head = checked_head(
+        hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
+    )
+    rows = checked_rows(hidden, token_ids, None, None, len(weight) if vocab is None else None)
+    logprobs_N, entropy_N, lse_N = linear.LinearTokenLogprobsFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        head,
+        localize(rows.token_ids_N, vocab),
+        chunk_tokens or linear.default_chunk_tokens(head),
     )
     shape = token_ids.shape
     entropy = entropy_N.view(shape) if with_entropy else None
@@ -141,7 +204,7 @@ def group_advantages(
         offsets = torch.nn.functional.pad(count_P.cumsum(0), (1, 0))
     else:
         assert group_size is not None
-        _check_group_size(group_size, len(rewards))
+        check_group_size(group_size, len(rewards))
         offsets = reference.group_offsets(len(rewards), group_size, rewards.device)
     advantages_S = reference.normalized_advantages(
         rewards.detach()[order], offsets, scale=scale, ddof=ddof, eps=eps
@@ -205,9 +268,10 @@ def policy_loss(
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     Source: Shao et al. 2024 (2402.03300) equation 3, and the papers named in `spec.PRESETS`.
     """
-    backend = select_backend(backend, logits)
-    rows = _checked_rows(logits, token_ids, mask, vocab, inplace_backward)
-    batch = _checked_batch(
+    backend = select_backend(backend, logits.device, logits.dtype)
+    rows = checked_rows(logits, token_ids, mask, vocab, logits.shape[-1] if vocab is None else None)
+    logits_OIW = checked_layout(logits, inplace_backward)
+    batch = checked_batch(
         rows,
         spec,
         vocab,
@@ -223,211 +287,99 @@ def policy_loss(
         },
     )
     loss, logprobs_N, entropy_N, metrics = PolicyLossFunction.apply(
-        rows.logits_OIW,
+        logits_OIW,
         batch,
         spec,
-        _inverse_temperature(temperature, token_ids),
-        _checked_softcap(softcap),
+        inverse_temperature(temperature, token_ids),
+        checked_softcap(softcap),
         vocab,
         inplace_backward,
         backend,
     )
-    shape = token_ids.shape
-    named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True))
-    return PolicyLoss(loss, logprobs_N.view(shape), entropy_N.view(shape), named)
+    return named_loss(loss, logprobs_N, entropy_N, metrics, token_ids.shape)
 
 
-class _Rows(NamedTuple):
-    logits_OIW: Tensor
-    token_ids_N: Tensor
-    """int64 global ids; masked tokens are IGNORED."""
-    shape: torch.Size
-    """Of the caller's token ids."""
-
-
-def _checked_rows(
-    logits: Tensor,
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
     token_ids: Tensor,
-    mask: Tensor | None,
-    vocab: VocabShard | None,
-    inplace: bool,
-) -> _Rows:
-    if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
-        raise ValueError(
-            f"logits: expected shape [N, W] or [B, T, W] with W > 0, got {list(logits.shape)}"
-        )
-    _check_like_tokens("token_ids", token_ids, logits.shape[:-1], logits.device)
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids: expected dtype int64 or int32, got {token_ids.dtype}")
-    if vocab is not None and logits.shape[-1] < vocab.width:
-        raise ValueError(
-            f"logits: expected at least the {vocab.width} columns of the vocabulary shard, "
-            f"got {logits.shape[-1]}"
-        )
-    token_ids_N = token_ids.reshape(-1).long()
-    if mask is not None:
-        _check_like_tokens("mask", mask, token_ids.shape, logits.device)
-        token_ids_N = torch.where(mask.reshape(-1).bool(), token_ids_N, IGNORED)
-    _check_id_range(token_ids_N, None if vocab is not None else logits.shape[-1])
-    logits_OIW = logits[None] if logits.dim() == 2 else logits
-    overlaps = any(
-        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    )
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1 or overlaps:
-        if inplace:
-            raise ValueError(
-                "inplace_backward: expected logits whose rows are contiguous and do not overlap, "
-                f"got strides {list(logits.stride())}"
-            )
-        logits_OIW = logits_OIW.contiguous()
-    return _Rows(logits_OIW, token_ids_N, token_ids.shape)
-
-
-def _check_like_tokens(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
-
-
-def _check_id_range(token_ids_N: Tensor, width: int | None) -> None:
-    """On a GPU this costs one host sync a call."""
-    wrong_N = (token_ids_N < 0) & (token_ids_N != IGNORED)
-    if width is not None:
-        wrong_N |= token_ids_N >= width
-    if wrong_N.any():
-        first = int(wrong_N.nonzero()[0, 0])
-        limit = "V" if width is None else str(width)
-        raise ValueError(
-            f"token_ids: expected ids in [0, {limit}) or {IGNORED}, "
-            f"got {int(token_ids_N[first])} at token {first}"
-        )
-
-
-def _checked_batch(
-    rows: _Rows,
-    spec: LossSpec,
-    vocab: VocabShard | None,
+    old_logprobs: Tensor | None,
     *,
-    cu_seqlens: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    denominator: float | Tensor | None,
-    per_token: dict[str, Tensor | None],
-) -> TokenBatch:
-    _check_spec_inputs(spec, denominator, per_token)
-    device = rows.token_ids_N.device
-    flat: dict[str, Tensor | None] = {}
-    for name, tensor in per_token.items():
-        if tensor is not None:
-            _check_like_tokens(name, tensor, rows.shape, device)
-        flat[f"{name}_N"] = None if tensor is None else tensor.detach().reshape(-1)
-    offsets = _checked_offsets(rows, cu_seqlens)
-    num_sequences = len(offsets) - 1
-    if (advantages is None) == (rewards is None):
-        raise ValueError("advantages, rewards: expected exactly one of them")
-    if rewards is not None:
-        if rewards.shape != (num_sequences,):
-            raise ValueError(
-                f"rewards: expected shape [{num_sequences}], one a sequence, "
-                f"got {list(rewards.shape)}"
-            )
-        if group_size is None:
-            raise ValueError("group_size: expected the size of the reward groups, got None")
-        _check_group_size(group_size, num_sequences)
-    elif advantages is not None:
-        if group_size is not None:
-            raise ValueError("group_size: expected None with given advantages")
-        if advantages.shape not in ((num_sequences,), rows.shape):
-            raise ValueError(
-                f"advantages: expected shape [{num_sequences}] or {list(rows.shape)}, "
-                f"got {list(advantages.shape)}"
-            )
-        advantages = advantages.detach().reshape(-1)
-    return TokenBatch(
-        token_ids_N=localize(rows.token_ids_N, vocab),
-        offsets=offsets,
-        old_logprobs_N=flat["old_logprobs_N"],
-        ref_logprobs_N=flat["ref_logprobs_N"],
-        sampler_logprobs_N=flat["sampler_logprobs_N"],
+    spec: LossSpec,
+    bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float = 0.0,
+    denominator: float | Tensor | None = None,
+    vocab: VocabShard | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """`policy_loss` of the logits hidden @ weight.T + bias, which never exist beyond one chunk.
+
+    Three matrix products in all: the gradients by hidden states, weight and bias are computed in
+    forward, each only if it is required. Logits are float32 from the product to the loss, and the
+    weight gradient is accumulated in float32. Tokens without gradient leave the last two products.
+
+    Args:
+        hidden: [N, D] or [B, T, D].
+        weight: [W, D], same dtype and device.
+        bias: [W] or None.
+        chunk_tokens: tokens a chunk; None: as many as fit 128 MiB of logits (2.5 GiB on a GPU).
+            Losses that couple the tokens of a sequence keep each sequence in one chunk.
+        vocab: the rows of the weight that this rank holds; `hidden` is the same on all ranks.
+        The others are those of `policy_loss`.
+
+    Returns:
+        `PolicyLoss`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; "name: expected X, got Y".
+        RuntimeError: the backend is not available; or, in backward, a second backward.
+
+    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk and one of the hidden
+    gradient, all in forward.
+    """
+    head = checked_head(
+        hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
+    )
+    rows = checked_rows(hidden, token_ids, mask, None, len(weight) if vocab is None else None)
+    batch = checked_batch(
+        rows,
+        spec,
+        vocab,
+        cu_seqlens=cu_seqlens,
         advantages=advantages,
-        rewards_S=None if rewards is None else rewards.detach(),
+        rewards=rewards,
         group_size=group_size,
         denominator=denominator,
+        per_token={
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "sampler_logprobs": sampler_logprobs,
+        },
     )
+    outputs = linear.LinearPolicyLossFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        head,
+        batch,
+        spec,
+        chunk_tokens or linear.default_chunk_tokens(head),
+    )
+    return named_loss(*outputs, token_ids.shape)
 
 
-def _check_spec_inputs(
-    spec: LossSpec, denominator: float | Tensor | None, per_token: dict[str, Tensor | None]
-) -> None:
-    if spec.kl != "none" and per_token["ref_logprobs"] is None:
-        raise ValueError(f"ref_logprobs: expected a tensor with spec.kl={spec.kl!r}, got None")
-    if spec.needs_sampler_logprobs and per_token["sampler_logprobs"] is None:
-        raise ValueError(
-            "sampler_logprobs: expected a tensor with spec.sampler_correction="
-            f"{spec.sampler_correction!r} and spec.off_policy_threshold="
-            f"{spec.off_policy_threshold!r}, got None"
-        )
-    if spec.aggregation == "constant" and spec.max_tokens is None:
-        raise ValueError('spec.max_tokens: expected a count with aggregation "constant", got None')
-    if spec.aggregation == "sum" and denominator is not None:
-        raise ValueError(f'denominator: expected None with aggregation "sum", got {denominator!r}')
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(
-                f"denominator: expected one number, got shape {list(denominator.shape)}"
-            )
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator: expected a count > 0, got {denominator!r}")
-
-
-def _checked_offsets(rows: _Rows, cu_seqlens: Tensor | None) -> Tensor:
-    device, num_tokens = rows.token_ids_N.device, len(rows.token_ids_N)
-    if len(rows.shape) == 2:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: expected None with padded logits [B, T, W]")
-        return torch.arange(rows.shape[0] + 1, device=device) * rows.shape[1]
-    if cu_seqlens is None:
-        return torch.tensor([0, num_tokens], device=device)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens: expected integers [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens: expected device {device}, got {cu_seqlens.device}")
-    offsets = cu_seqlens.long()
-    rising = bool((offsets.diff() >= 0).all())
-    if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != num_tokens:
-        raise ValueError(
-            f"cu_seqlens: expected offsets rising from 0 to {num_tokens}, the number of tokens, "
-            f"got {offsets.tolist() if len(offsets) < 9 else [*offsets[:4].tolist(), '...']}"
-        )
-    return offsets
-
-
-def _check_group_size(group_size: int, num_sequences: int) -> None:
-    if group_size < 1 or num_sequences % group_size:
-        raise ValueError(
-            f"group_size: expected a divisor of the {num_sequences} rewards, got {group_size}"
-        )
-
-
-def _inverse_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor | float:
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
-        return 1.0 / temperature
-    if temperature.dim() == 0:
-        temperature = temperature.expand(token_ids.shape)
-    _check_like_tokens("temperature", temperature, token_ids.shape, token_ids.device)
-    if not bool((temperature > 0).all()):
-        raise ValueError("temperature: expected numbers > 0 for every token")
-    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
-    return (1.0 / temperature.detach().to(dtype)).reshape(-1)
-
-
-def _checked_softcap(softcap: float) -> float:
-    if not softcap >= 0:
-        raise ValueError(f"softcap: expected a number >= 0, got {softcap!r}")
-    return float(softcap)
+def named_loss(
+    loss: Tensor, logprobs_N: Tensor, entropy_N: Tensor, metrics: Tensor, shape: torch.Size
+) -> PolicyLoss:
+    """Gives the outputs of a loss function their public form."""
+    named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True))
+    return PolicyLoss(loss, logprobs_N.view(shape), entropy_N.view(shape), named)

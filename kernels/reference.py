@@ -12,7 +12,7 @@ vocabulary shard.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ class TokenTerms:
     old_logprobs_N: Tensor | None
     ref_logprobs_N: Tensor | None
     sampler_logprobs_N: Tensor | None
+    sampler_weight_N: Tensor | None = None
+    """Sampler correction where it is known before the log-probs are, that is off-policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +293,7 @@ def token_terms(batch: TokenBatch, spec: LossSpec) -> TokenTerms:
     def neutral(logprobs_N: Tensor | None) -> Tensor | None:
         return None if logprobs_N is None else torch.where(active_N, logprobs_N.double(), 0.0)
 
-    return TokenTerms(
+    terms = TokenTerms(
         active_N=active_N,
         sequence_N=sequence_N,
         offsets=batch.offsets,
@@ -300,6 +302,35 @@ def token_terms(batch: TokenBatch, spec: LossSpec) -> TokenTerms:
         old_logprobs_N=neutral(batch.old_logprobs_N),
         ref_logprobs_N=neutral(batch.ref_logprobs_N),
         sampler_logprobs_N=neutral(batch.sampler_logprobs_N),
+    )
+    if spec.sampler_correction == "none" or terms.old_logprobs_N is None:
+        return terms
+    return replace(terms, sampler_weight_N=sampler_weight(terms.old_logprobs_N, terms, spec))
+
+
+def slice_terms(terms: TokenTerms, start: int, stop: int, sequences: slice | None) -> TokenTerms:
+    """The terms of tokens start to stop. `sequences` are the whole sequences these tokens form;
+    None where tokens are independent and a cut may fall anywhere."""
+
+    def cut(values_N: Tensor | None) -> Tensor | None:
+        return None if values_N is None else values_N[start:stop]
+
+    if sequences is None:
+        offsets = terms.offsets.new_tensor([0, stop - start])
+        sequence_N = torch.zeros_like(terms.sequence_N[start:stop])
+    else:
+        offsets = terms.offsets[sequences.start : sequences.stop + 1] - start
+        sequence_N = terms.sequence_N[start:stop] - sequences.start
+    return TokenTerms(
+        active_N=terms.active_N[start:stop],
+        sequence_N=sequence_N,
+        offsets=offsets,
+        advantages_N=terms.advantages_N[start:stop],
+        weights_N=terms.weights_N[start:stop],
+        old_logprobs_N=cut(terms.old_logprobs_N),
+        ref_logprobs_N=cut(terms.ref_logprobs_N),
+        sampler_logprobs_N=cut(terms.sampler_logprobs_N),
+        sampler_weight_N=cut(terms.sampler_weight_N),
     )
 
 
@@ -463,32 +494,38 @@ def kl_term(logprobs_N: Tensor, log_ratio_N: Tensor, terms: TokenTerms, spec: Lo
 def policy_weight(logprobs_N: Tensor, terms: TokenTerms, spec: LossSpec) -> Tensor:
     """Detached weight of the policy term, [N]: sampler correction times off-policy mask.
 
-    With rho = exp(old - sampler): truncate min(rho, high); mask rho where low <= rho <= high, else
-    0; sequence modes use the product of rho over the sequence. A NaN sampler log-prob counts as rho
-    = 1. The off-policy mask drops sequences with A < 0 and mean(sampler - logprob) above its
-    threshold (DeepSeek-V3.2, 2512.02556, equations 8 and 9).
+    The off-policy mask drops sequences with A < 0 and mean(sampler - logprob) above its threshold
+    (DeepSeek-V3.2, 2512.02556, equations 8 and 9).
     """
-    weight_N = torch.ones_like(logprobs_N)
-    if not spec.needs_sampler_logprobs:
-        return weight_N
     logprobs_N = logprobs_N.detach()
-    if spec.sampler_correction != "none":
-        old_N = logprobs_N if terms.old_logprobs_N is None else terms.old_logprobs_N
-        log_rho_N = sampler_gap(old_N, terms)
-        if spec.sampler_correction.startswith("sequence_"):
-            log_rho_N = segment_sum(log_rho_N, terms.offsets)[terms.sequence_N]
-        rho_N = log_rho_N.exp()
-        high = math.inf if spec.sampler_high is None else spec.sampler_high
-        if spec.sampler_correction.endswith("_truncate"):
-            weight_N = rho_N.clamp(max=high)
-        else:
-            low = 0.0 if spec.sampler_low is None else spec.sampler_low
-            weight_N = torch.where((rho_N >= low) & (rho_N <= high), rho_N, 0.0)
+    weight_N = torch.ones_like(logprobs_N)
+    if terms.sampler_weight_N is not None:
+        weight_N = terms.sampler_weight_N
+    elif spec.sampler_correction != "none":
+        weight_N = sampler_weight(logprobs_N, terms, spec)
     if spec.off_policy_threshold is not None:
         drift_N = segment_mean(-sampler_gap(logprobs_N, terms), terms)
         dropped_N = (terms.advantages_N < 0) & (drift_N > spec.off_policy_threshold)
         weight_N = torch.where(dropped_N, 0.0, weight_N)
     return weight_N
+
+
+def sampler_weight(old_logprobs_N: Tensor, terms: TokenTerms, spec: LossSpec) -> Tensor:
+    """Importance weight rho = exp(old - sampler) of the sampler correction, [N].
+
+    truncate: min(rho, high); mask: rho where low <= rho <= high, else 0; sequence modes use the
+    product of rho over the sequence. A NaN sampler log-prob counts as rho = 1.
+    Source: truncated and masked importance sampling as in TRL and verl (algorithms of 2025).
+    """
+    log_rho_N = sampler_gap(old_logprobs_N, terms)
+    if spec.sampler_correction.startswith("sequence_"):
+        log_rho_N = segment_sum(log_rho_N, terms.offsets)[terms.sequence_N]
+    rho_N = log_rho_N.exp()
+    high = math.inf if spec.sampler_high is None else spec.sampler_high
+    if spec.sampler_correction.endswith("_truncate"):
+        return rho_N.clamp(max=high)
+    low = 0.0 if spec.sampler_low is None else spec.sampler_low
+    return torch.where((rho_N >= low) & (rho_N <= high), rho_N, 0.0)
 
 
 def sampler_gap(logprobs_N: Tensor, terms: TokenTerms) -> Tensor:

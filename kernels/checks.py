@@ -1,0 +1,263 @@
+"""Checks of the arguments of `ops`, and their canonical forms.
+
+Each failure is one sentence, "name: expected X, got Y". Reading values (token ids, offsets,
+temperatures) costs one host sync each on a GPU. Shape legend: `ops.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backends import select_backend
+from kernels.linear import Head
+from kernels.reference import IGNORED, TokenBatch, compute_dtype
+from kernels.sharding import VocabShard, localize
+from kernels.spec import LossSpec
+
+
+class Rows(NamedTuple):
+    """The tokens of a call."""
+
+    token_ids_N: Tensor
+    """int64 global ids; masked tokens are IGNORED."""
+    shape: torch.Size
+    """Of the caller's token ids."""
+
+
+def checked_rows(
+    features: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    vocab: VocabShard | None,
+    num_columns: int | None,
+) -> Rows:
+    """Flat token ids that fit `features` (logits or hidden states), masked ones IGNORED.
+
+    `num_columns` bounds the ids; None where only the process group knows the vocabulary.
+    """
+    if features.dim() not in (2, 3) or features.shape[-1] == 0:
+        raise ValueError(
+            "logits or hidden: expected shape [N, width] or [B, T, width] with width > 0, "
+            f"got {list(features.shape)}"
+        )
+    check_like_tokens("token_ids", token_ids, features.shape[:-1], features.device)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids: expected dtype int64 or int32, got {token_ids.dtype}")
+    if vocab is not None and features.shape[-1] < vocab.width:
+        raise ValueError(
+            f"logits: expected at least the {vocab.width} columns of the vocabulary shard, "
+            f"got {features.shape[-1]}"
+        )
+    token_ids_N = token_ids.reshape(-1).long()
+    if mask is not None:
+        check_like_tokens("mask", mask, token_ids.shape, features.device)
+        token_ids_N = torch.where(mask.reshape(-1).bool(), token_ids_N, IGNORED)
+    check_id_range(token_ids_N, num_columns)
+    return Rows(token_ids_N, token_ids.shape)
+
+
+def checked_layout(logits: Tensor, inplace: bool) -> Tensor:
+    """Logits as [outer, inner, W] with contiguous rows; a layout without them is copied once."""
+    logits_OIW = logits[None] if logits.dim() == 2 else logits
+    overlaps = any(
+        size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
+    )
+    scattered = logits.stride(-1) != 1 and logits.shape[-1] > 1
+    if not (overlaps or scattered):
+        return logits_OIW
+    if inplace:
+        raise ValueError(
+            "inplace_backward: expected logits whose rows are contiguous and do not overlap, "
+            f"got strides {list(logits.stride())}"
+        )
+    return logits_OIW.contiguous()
+
+
+def checked_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    softcap: float,
+    vocab: VocabShard | None,
+    backend: str,
+    chunk_tokens: int | None,
+) -> Head:
+    """The LM head of the linear ops."""
+    width, depth = (len(weight), hidden.shape[-1])
+    if weight.dim() != 2 or weight.shape[1] != depth:
+        raise ValueError(f"weight: expected shape [W, {depth}], got {list(weight.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
+            raise ValueError(
+                f"{name}: expected {hidden.dtype} on {hidden.device} like hidden, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"bias: expected shape [{width}], got {list(bias.shape)}")
+    if vocab is not None and width < vocab.width:
+        raise ValueError(
+            f"weight: expected at least the {vocab.width} rows of the vocabulary shard, got {width}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected a count > 0, got {chunk_tokens}")
+    return Head(
+        weight_WD=weight,
+        bias_W=bias,
+        inv_temperature=inverse_temperature(temperature, token_ids),
+        softcap=checked_softcap(softcap),
+        vocab=vocab,
+        backend=select_backend(backend, hidden.device, compute_dtype(hidden)),
+    )
+
+
+def check_like_tokens(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def check_id_range(token_ids_N: Tensor, width: int | None) -> None:
+    """On a GPU this costs one host sync a call."""
+    wrong_N = (token_ids_N < 0) & (token_ids_N != IGNORED)
+    if width is not None:
+        wrong_N |= token_ids_N >= width
+    if wrong_N.any():
+        first = int(wrong_N.nonzero()[0, 0])
+        limit = "V" if width is None else str(width)
+        raise ValueError(
+            f"token_ids: expected ids in [0, {limit}) or {IGNORED}, "
+            f"got {int(token_ids_N[first])} at token {first}"
+        )
+
+
+def checked_batch(
+    rows: Rows,
+    spec: LossSpec,
+    vocab: VocabShard | None,
+    *,
+    cu_seqlens: Tensor | None,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    denominator: float | Tensor | None,
+    per_token: dict[str, Tensor | None],
+) -> TokenBatch:
+    check_spec_inputs(spec, denominator, per_token)
+    device = rows.token_ids_N.device
+    flat: dict[str, Tensor | None] = {}
+    for name, tensor in per_token.items():
+        if tensor is not None:
+            check_like_tokens(name, tensor, rows.shape, device)
+        flat[f"{name}_N"] = None if tensor is None else tensor.detach().reshape(-1)
+    offsets = checked_offsets(rows, cu_seqlens)
+    num_sequences = len(offsets) - 1
+    if (advantages is None) == (rewards is None):
+        raise ValueError("advantages, rewards: expected exactly one of them")
+    if rewards is not None:
+        if rewards.shape != (num_sequences,):
+            raise ValueError(
+                f"rewards: expected shape [{num_sequences}], one a sequence, "
+                f"got {list(rewards.shape)}"
+            )
+        if group_size is None:
+            raise ValueError("group_size: expected the size of the reward groups, got None")
+        check_group_size(group_size, num_sequences)
+    elif advantages is not None:
+        if group_size is not None:
+            raise ValueError("group_size: expected None with given advantages")
+        if advantages.shape not in ((num_sequences,), rows.shape):
+            raise ValueError(
+                f"advantages: expected shape [{num_sequences}] or {list(rows.shape)}, "
+                f"got {list(advantages.shape)}"
+            )
+        advantages = advantages.detach().reshape(-1)
+    return TokenBatch(
+        token_ids_N=localize(rows.token_ids_N, vocab),
+        offsets=offsets,
+        old_logprobs_N=flat["old_logprobs_N"],
+        ref_logprobs_N=flat["ref_logprobs_N"],
+        sampler_logprobs_N=flat["sampler_logprobs_N"],
+        advantages=advantages,
+        rewards_S=None if rewards is None else rewards.detach(),
+        group_size=group_size,
+        denominator=denominator,
+    )
+
+
+def check_spec_inputs(
+    spec: LossSpec, denominator: float | Tensor | None, per_token: dict[str, Tensor | None]
+) -> None:
+    if spec.kl != "none" and per_token["ref_logprobs"] is None:
+        raise ValueError(f"ref_logprobs: expected a tensor with spec.kl={spec.kl!r}, got None")
+    if spec.needs_sampler_logprobs and per_token["sampler_logprobs"] is None:
+        raise ValueError(
+            "sampler_logprobs: expected a tensor with spec.sampler_correction="
+            f"{spec.sampler_correction!r} and spec.off_policy_threshold="
+            f"{spec.off_policy_threshold!r}, got None"
+        )
+    if spec.aggregation == "constant" and spec.max_tokens is None:
+        raise ValueError('spec.max_tokens: expected a count with aggregation "constant", got None')
+    if spec.aggregation == "sum" and denominator is not None:
+        raise ValueError(f'denominator: expected None with aggregation "sum", got {denominator!r}')
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(
+                f"denominator: expected one number, got shape {list(denominator.shape)}"
+            )
+    elif denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator: expected a count > 0, got {denominator!r}")
+
+
+def checked_offsets(rows: Rows, cu_seqlens: Tensor | None) -> Tensor:
+    device, num_tokens = rows.token_ids_N.device, len(rows.token_ids_N)
+    if len(rows.shape) == 2:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None with padded logits [B, T, W]")
+        return torch.arange(rows.shape[0] + 1, device=device) * rows.shape[1]
+    if cu_seqlens is None:
+        return torch.tensor([0, num_tokens], device=device)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens: expected integers [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected device {device}, got {cu_seqlens.device}")
+    offsets = cu_seqlens.long()
+    rising = bool((offsets.diff() >= 0).all())
+    if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != num_tokens:
+        raise ValueError(
+            f"cu_seqlens: expected offsets rising from 0 to {num_tokens}, the number of tokens, "
+            f"got {offsets.tolist() if len(offsets) < 9 else [*offsets[:4].tolist(), '...']}"
+        )
+    return offsets
+
+
+def check_group_size(group_size: int, num_sequences: int) -> None:
+    if group_size < 1 or num_sequences % group_size:
+        raise ValueError(
+            f"group_size: expected a divisor of the {num_sequences} rewards, got {group_size}"
+        )
+
+
+def inverse_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor | float:
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+        return 1.0 / temperature
+    if temperature.dim() == 0:
+        temperature = temperature.expand(token_ids.shape)
+    check_like_tokens("temperature", temperature, token_ids.shape, token_ids.device)
+    if not bool((temperature > 0).all()):
+        raise ValueError("temperature: expected numbers > 0 for every token")
+    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+    return (1.0 / temperature.detach().to(dtype)).reshape(-1)
+
+
+def checked_softcap(softcap: float) -> float:
+    if not softcap >= 0:
+        raise ValueError(f"softcap: expected a number >= 0, got {softcap!r}")
+    return float(softcap)
