@@ -1,3 +1,178 @@
+// Python module kernels._native. Tensors arrive as addresses, sizes and strides: no torch header, so
+// one build serves every torch version. kernels/native_backend.py is its only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-PYBIND11_MODULE(_native, module) { module.doc() = "CPU kernels of onepass-rl"; }
+#include "checks.h"
+#include "cpu/row_ops.h"
+
+namespace py = pybind11;
+using namespace onepass;
+
+namespace {
+
+template <class Element>
+Element* pointer(uintptr_t address) {
+  return reinterpret_cast<Element*>(address);
+}
+
+LogitsView make_view(uintptr_t data, DType dtype, std::array<int64_t, 3> sizes,
+                     std::array<int64_t, 3> strides) {
+  check_equal("stride of the last dimension", int64_t{1}, strides[2]);
+  return {data, dtype, sizes[0], sizes[1], sizes[2], strides[0], strides[1]};
+}
+
+struct Scale {
+  uintptr_t inv_temperature;
+  int64_t stride;
+  float softcap;
+
+  RowScale rows() const { return {pointer<const float>(inv_temperature), stride, softcap}; }
+};
+
+void check_same_shape(const LogitsView& logits, const LogitsView& out) {
+  check_equal("rows of out", logits.num_rows(), out.num_rows());
+  check_equal("columns of out", logits.width, out.width);
+  check_equal("element size of out", logits.element_size(), out.element_size());
+}
+
+void bind_loss_spec(py::module_& module) {
+  py::enum_<Surrogate>(module, "Surrogate")
+      .value("clip", Surrogate::kClip)
+      .value("cispo", Surrogate::kCispo)
+      .value("sapo", Surrogate::kSapo)
+      .value("reinforce", Surrogate::kReinforce);
+  py::enum_<KlEstimator>(module, "KlEstimator")
+      .value("none", KlEstimator::kNone)
+      .value("k1", KlEstimator::kK1)
+      .value("k2", KlEstimator::kK2)
+      .value("k3", KlEstimator::kK3);
+  py::enum_<Aggregation>(module, "Aggregation")
+      .value("sequence_mean", Aggregation::kSequenceMean)
+      .value("token_mean", Aggregation::kTokenMean)
+      .value("sequence_sum", Aggregation::kSequenceSum)
+      .value("constant", Aggregation::kConstant)
+      .value("sum", Aggregation::kSum);
+  py::enum_<AdvantageScale>(module, "AdvantageScale")
+      .value("group", AdvantageScale::kGroup)
+      .value("batch", AdvantageScale::kBatch)
+      .value("none", AdvantageScale::kNone);
+  py::enum_<SamplerCorrection>(module, "SamplerCorrection")
+      .value("none", SamplerCorrection::kNone)
+      .value("token_truncate", SamplerCorrection::kTokenTruncate)
+      .value("token_mask", SamplerCorrection::kTokenMask)
+      .value("sequence_truncate", SamplerCorrection::kSequenceTruncate)
+      .value("sequence_mask", SamplerCorrection::kSequenceMask);
+  py::class_<LossSpec>(module, "LossSpec")
+      .def(py::init<>())
+      .def_readwrite("surrogate", &LossSpec::surrogate)
+      .def_readwrite("clip_low", &LossSpec::clip_low)
+      .def_readwrite("clip_high", &LossSpec::clip_high)
+      .def_readwrite("dual_clip", &LossSpec::dual_clip)
+      .def_readwrite("ratio_cap", &LossSpec::ratio_cap)
+      .def_readwrite("sapo_temperature_pos", &LossSpec::sapo_temperature_pos)
+      .def_readwrite("sapo_temperature_neg", &LossSpec::sapo_temperature_neg)
+      .def_readwrite("kl", &LossSpec::kl)
+      .def_readwrite("kl_weight", &LossSpec::kl_weight)
+      .def_readwrite("kl_ratio_weighted", &LossSpec::kl_ratio_weighted)
+      .def_readwrite("entropy_weight", &LossSpec::entropy_weight)
+      .def_readwrite("aggregation", &LossSpec::aggregation)
+      .def_readwrite("max_tokens", &LossSpec::max_tokens)
+      .def_readwrite("advantage_scale", &LossSpec::advantage_scale)
+      .def_readwrite("advantage_ddof", &LossSpec::advantage_ddof)
+      .def_readwrite("advantage_eps", &LossSpec::advantage_eps)
+      .def_readwrite("sampler_correction", &LossSpec::sampler_correction)
+      .def_readwrite("sampler_low", &LossSpec::sampler_low)
+      .def_readwrite("sampler_high", &LossSpec::sampler_high);
+}
+
+void bind_views(py::module_& module) {
+  py::enum_<DType>(module, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16);
+  py::class_<LogitsView>(module, "LogitsView")
+      .def(py::init(&make_view), py::arg("data"), py::arg("dtype"), py::arg("sizes"),
+           py::arg("strides"));
+  py::class_<Scale>(module, "RowScale")
+      .def(py::init([](uintptr_t inv_temperature, int64_t stride, float softcap) {
+             return Scale{inv_temperature, stride, softcap};
+           }),
+           py::arg("inv_temperature"), py::arg("stride"), py::arg("softcap"));
+}
+
+void bind_row_ops(py::module_& module) {
+  module.def(
+      "row_stats",
+      [](const LogitsView& logits, uintptr_t token_ids, const Scale& scale, uintptr_t stats,
+         int threads) {
+        row_stats(logits, pointer<const int64_t>(token_ids), scale.rows(), pointer<float>(stats),
+                  threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "grad_logits",
+      [](const LogitsView& logits, uintptr_t token_ids, const Scale& scale, uintptr_t row_max,
+         uintptr_t log_sum, uintptr_t entropy, uintptr_t coef_logprob, uintptr_t coef_entropy,
+         const LogitsView& out, int threads) {
+        check_same_shape(logits, out);
+        const GradInputs inputs = {pointer<const float>(row_max), pointer<const float>(log_sum),
+                                   pointer<const float>(entropy),
+                                   pointer<const float>(coef_logprob),
+                                   pointer<const float>(coef_entropy)};
+        grad_logits(logits, pointer<const int64_t>(token_ids), scale.rows(), inputs, out, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  module.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_policy_loss(py::module_& module) {
+  module.attr("NUM_POLICY_METRICS") = kNumPolicyMetrics;
+  module.def(
+      "policy_loss",
+      [](const LogitsView& logits, const Scale& scale, const LossSpec& spec, uintptr_t token_ids,
+         uintptr_t offsets, int64_t num_sequences, uintptr_t old_logprobs, uintptr_t ref_logprobs,
+         uintptr_t sampler_logprobs, uintptr_t advantages, bool advantages_per_token,
+         uintptr_t rewards, int64_t group_size, double denominator, uintptr_t loss,
+         uintptr_t logprobs, uintptr_t entropy, uintptr_t metrics, const LogitsView* grad,
+         int threads) {
+        const int64_t* bounds = pointer<const int64_t>(offsets);
+        check_equal("offsets[-1]", logits.num_rows(), bounds[num_sequences]);
+        if (rewards) check_at_least("group_size", int64_t{1}, group_size);
+        if (grad) check_same_shape(logits, *grad);
+        const PolicyBatch batch = {pointer<const int64_t>(token_ids),
+                                   bounds,
+                                   num_sequences,
+                                   pointer<const double>(old_logprobs),
+                                   pointer<const double>(ref_logprobs),
+                                   pointer<const double>(sampler_logprobs),
+                                   pointer<const double>(advantages),
+                                   advantages_per_token,
+                                   pointer<const double>(rewards),
+                                   group_size,
+                                   denominator};
+        const PolicyOutputs outputs = {pointer<float>(loss), pointer<float>(logprobs),
+                                       pointer<float>(entropy), pointer<float>(metrics), grad};
+        policy_loss(logits, scale.rows(), batch, spec, outputs, threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("logits"), py::arg("scale"),
+      py::arg("spec"), py::kw_only(), py::arg("token_ids"), py::arg("offsets"),
+      py::arg("num_sequences"), py::arg("old_logprobs"), py::arg("ref_logprobs"),
+      py::arg("sampler_logprobs"), py::arg("advantages"), py::arg("advantages_per_token"),
+      py::arg("rewards"), py::arg("group_size"), py::arg("denominator"), py::arg("loss"),
+      py::arg("logprobs"), py::arg("entropy"), py::arg("metrics"), py::arg("grad").none(true),
+      py::arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "CPU kernels of onepass-rl on raw addresses; see kernels/native_backend.py.";
+  bind_loss_spec(module);
+  bind_views(module);
+  bind_row_ops(module);
+  bind_policy_loss(module);
+  module.def("supported_cpu_levels", &supported_cpu_levels);
+  module.def("cpu_level", &cpu_level);
+  module.def("set_cpu_level", &set_cpu_level);
+}

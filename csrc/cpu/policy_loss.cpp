@@ -1,0 +1,193 @@
+// Raw rewards (or advantages) to loss, metrics and gradient, each row of logits read from memory
+// once: its statistics, its token loss and its gradient are done while it is in the cache.
+#include "../policy_loss.h"
+
+#include <cstring>
+
+#include "row_driver.h"
+
+namespace onepass {
+namespace {
+
+// Advantages by sequence and the share of groups without spread.
+struct SequenceAdvantages {
+  std::vector<double> values;
+  double zero_spread_fraction = 0.0;
+};
+
+SequenceAdvantages normalized_advantages(const PolicyBatch& batch, const LossSpec& spec) {
+  SequenceAdvantages result;
+  result.values.resize(batch.num_sequences);
+  const GroupStats whole = group_stats(batch.rewards, batch.num_sequences);
+  int64_t groups = 0, without_spread = 0;
+  for (int64_t start = 0; start < batch.num_sequences; start += batch.group_size) {
+    const int64_t end = std::min(start + batch.group_size, batch.num_sequences);
+    const GroupStats group = group_stats(batch.rewards + start, end - start);
+    const GroupStats& scale = spec.advantage_scale == AdvantageScale::kBatch ? whole : group;
+    for (int64_t i = start; i < end; ++i) {
+      result.values[i] = advantage(batch.rewards[i], group, scale, spec);
+    }
+    ++groups;
+    without_spread += group.has_spread ? 0 : 1;
+  }
+  if (groups > 0) result.zero_spread_fraction = static_cast<double>(without_spread) / groups;
+  return result;
+}
+
+double value_or_zero(const double* values, int64_t n) { return values ? values[n] : 0.0; }
+
+// What each token's loss depends on besides its logits; ignored tokens keep weight 0.
+std::vector<Token> resolve_tokens(const PolicyBatch& batch, const LossSpec& spec,
+                                  const double* sequence_advantages) {
+  const int64_t num_tokens = batch.offsets[batch.num_sequences];
+  int64_t active = 0;
+  for (int64_t n = 0; n < num_tokens; ++n) active += batch.token_ids[n] != kIgnoredId;
+  const int64_t counted =
+      spec.aggregation == Aggregation::kTokenMean ? active : batch.num_sequences;
+  const double count = batch.denominator != 0.0
+                           ? batch.denominator
+                           : static_cast<double>(std::max<int64_t>(counted, 1));
+  std::vector<Token> tokens(num_tokens);
+  for (int64_t i = 0; i < batch.num_sequences; ++i) {
+    int64_t length = 0;
+    double log_rho = 0.0;
+    for (int64_t n = batch.offsets[i]; n < batch.offsets[i + 1]; ++n) {
+      if (batch.token_ids[n] == kIgnoredId) continue;
+      Token& token = tokens[n];
+      token.advantage = batch.advantages_per_token ? batch.advantages[n] : sequence_advantages[i];
+      token.has_old = batch.old_logprobs != nullptr;
+      token.has_ref = batch.ref_logprobs != nullptr;
+      token.has_sampler = batch.sampler_logprobs != nullptr;
+      token.old_logprob = value_or_zero(batch.old_logprobs, n);
+      token.ref_logprob = value_or_zero(batch.ref_logprobs, n);
+      token.sampler_logprob = value_or_zero(batch.sampler_logprobs, n);
+      if (token.has_old) log_rho += sampler_gap(token);
+      ++length;
+    }
+    const double weight = aggregation_weight(spec, length, count);
+    for (int64_t n = batch.offsets[i]; n < batch.offsets[i + 1]; ++n) {
+      if (batch.token_ids[n] == kIgnoredId) continue;
+      tokens[n].weight = weight;
+      tokens[n].sequence_log_rho = log_rho;
+    }
+  }
+  return tokens;
+}
+
+// NaN wins, as in torch.amin and amax.
+void lower(double& smallest, double value) {
+  if (value < smallest || std::isnan(value)) smallest = value;
+}
+void raise(double& largest, double value) {
+  if (value > largest || std::isnan(value)) largest = value;
+}
+
+// Sums in token order, in double.
+void reduce(const std::vector<TokenLoss>& losses, const PolicyBatch& batch,
+            double zero_spread_fraction, const PolicyOutputs& outputs) {
+  TokenLoss sum;
+  double low = 0.0, high = 0.0, kept = 0.0, zero_gradient = 0.0, gap_max = 0.0;
+  double ratio_min = INFINITY, ratio_max = -INFINITY;
+  int64_t active = 0;
+  for (size_t n = 0; n < losses.size(); ++n) {
+    if (batch.token_ids[n] == kIgnoredId) continue;
+    const TokenLoss& loss = losses[n];
+    ++active;
+    sum.value += loss.value;
+    sum.entropy += loss.entropy;
+    sum.kl += loss.kl;
+    sum.log_ratio += loss.log_ratio;
+    sum.ratio += loss.ratio;
+    sum.sampler_gap += loss.sampler_gap;
+    low += loss.clipped_low;
+    high += loss.clipped_high;
+    kept += loss.kept;
+    zero_gradient += !loss.has_gradient();
+    lower(ratio_min, loss.ratio);
+    raise(ratio_max, loss.ratio);
+    raise(gap_max, loss.sampler_gap);
+  }
+  if (active == 0) ratio_min = ratio_max = 0.0;
+  const double count = static_cast<double>(std::max<int64_t>(active, 1));
+  *outputs.loss = static_cast<float>(sum.value);
+  const double metrics[kNumPolicyMetrics] = {
+      static_cast<double>(active),
+      sum.entropy / count,
+      sum.kl / count,
+      -sum.log_ratio / count,
+      sum.ratio / count,
+      ratio_min,
+      ratio_max,
+      (low + high) / count,
+      low / count,
+      high / count,
+      sum.sampler_gap / count,
+      gap_max,
+      kept / count,
+      zero_gradient / count,
+      zero_spread_fraction,
+  };
+  for (int i = 0; i < kNumPolicyMetrics; ++i) outputs.metrics[i] = static_cast<float>(metrics[i]);
+}
+
+}  // namespace
+
+void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBatch& batch,
+                 const LossSpec& spec, const PolicyOutputs& outputs, int threads) {
+  SequenceAdvantages advantages;
+  const double* sequence_advantages = batch.advantages;
+  if (batch.rewards) {
+    advantages = normalized_advantages(batch, spec);
+    sequence_advantages = advantages.values.data();
+  }
+  std::vector<Token> tokens = resolve_tokens(batch, spec, sequence_advantages);
+  std::vector<TokenLoss> losses(tokens.size());
+
+  const int used_threads = threads_for(logits, threads);
+  const int64_t blocks = num_blocks(logits.width);
+  std::vector<float> bases(used_threads * blocks);
+  const RowKernels& kernels = row_kernels();
+  const auto forward = kernels.forward[static_cast<int>(logits.dtype)];
+  const auto backward = kernels.backward[static_cast<int>(logits.dtype)];
+  // A float32 gradient row has room for the exponentials until they are scaled.
+  const bool keep = outputs.grad && logits.dtype == DType::kFloat32 && scale.softcap <= 0.0f &&
+                    spec.entropy_weight == 0.0;
+
+  for_each_row(logits, used_threads, [&](int slot, int64_t n, int64_t next) {
+    const int64_t id = batch.token_ids[n];
+    void* out = outputs.grad ? outputs.grad->row(n) : nullptr;
+    if (id == kIgnoredId) {
+      outputs.logprobs[n] = outputs.entropy[n] = 0.0f;
+      if (out) std::memset(out, 0, outputs.grad->row_bytes());
+      return;
+    }
+    const Row row = row_of(logits, scale, n);
+    const TargetLogit target = target_logit(read_column(logits, n, id), row, kernels);
+    const RowTrace trace = {keep ? static_cast<float*>(out) : nullptr, &bases[slot * blocks]};
+    const OnlineSoftmax<double> total = forward(row, trace);
+    const double log_sum = std::log(total.sum);
+    Token& token = tokens[n];
+    token.logprob = (target.z - total.max) - log_sum;
+    token.entropy = log_sum - total.weighted / total.sum;
+    outputs.logprobs[n] = static_cast<float>(token.logprob);
+    outputs.entropy[n] = static_cast<float>(token.entropy);
+    losses[n] = token_loss(token, spec);
+    if (!out) return;
+    if (!losses[n].has_gradient()) {
+      std::memset(out, 0, outputs.grad->row_bytes());
+      return;
+    }
+    const RowGrad grad = {out,
+                          total.max,
+                          log_sum,
+                          token.entropy,
+                          losses[n].slope_logprob,
+                          losses[n].slope_entropy,
+                          next < 0 ? nullptr : logits.row(next)};
+    backward(row, trace, grad);
+    write_column(*outputs.grad, n, id, target_gradient(target, grad));
+  });
+  reduce(losses, batch, advantages.zero_spread_fraction, outputs);
+}
+
+}  // namespace onepass

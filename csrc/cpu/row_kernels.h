@@ -1,0 +1,61 @@
+// The loops over one row of logits, compiled once per instruction set and chosen at load time.
+#pragma once
+
+#include <cstdint>
+
+#include "../online_softmax.h"
+#include "dtypes.h"
+
+namespace onepass {
+
+// Columns that share one maximum, and the granularity of partial sums.
+constexpr int64_t kBlockColumns = 512;
+
+inline int64_t num_blocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockColumns; }
+
+// Effective logit z = inv_temperature * (softcap > 0 ? softcap * tanh(x / softcap) : x), in float32.
+struct Row {
+  const void* logits;
+  int64_t width;
+  float inv_temperature;
+  float softcap;
+};
+
+// What the forward loop leaves for the backward loop.
+struct RowTrace {
+  // exp(z - base of its block) of every column; null: not kept, the backward loop takes it again.
+  // May be the logits or the gradient themselves where these are float32.
+  float* exponentials;
+  // [num_blocks]: the maximum that each block's exponents were taken against.
+  float* bases;
+};
+
+// out_j = -(coef_logprob + coef_entropy (log p_j + entropy)) p_j inv_temperature dz/dx. The target
+// column's own term is the caller's.
+struct RowGrad {
+  void* out;  // may be the logits
+  double row_max;
+  double log_sum;
+  double entropy;
+  double coef_logprob;
+  double coef_entropy;
+  const void* next_logits;  // the row that this thread reads next, brought into the cache; or null
+};
+
+struct RowKernels {
+  const char* name;
+  // By DType.
+  OnlineSoftmax<double> (*forward[3])(const Row& row, const RowTrace& trace);
+  void (*backward[3])(const Row& row, const RowTrace& trace, const RowGrad& grad);
+  void (*scale[3])(void* row, int64_t width, float factor);
+  // z of one logit, the same bits as in the loops.
+  float (*effective_logit)(float x, const Row& row);
+};
+
+extern const RowKernels kRowKernelsBaseline;
+#if defined(__x86_64__)
+extern const RowKernels kRowKernelsAvx2;
+extern const RowKernels kRowKernelsAvx512;
+#endif
+
+}  // namespace onepass

@@ -1,0 +1,55 @@
+// Softmax statistics of a row read in pieces, for C++ and CUDA.
+//
+// The exact maximum of each piece is known before its exponentials are taken, so every exponent is
+// <= 0 and -inf columns add exactly 0; a piece (or row) of nothing but -inf keeps max = -inf, sum = 0.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define ONEPASS_HOST_DEVICE __host__ __device__
+#else
+#define ONEPASS_HOST_DEVICE
+#endif
+
+namespace onepass {
+
+// sum = sum_j exp(z_j - max), weighted = sum_j (z_j - max) exp(z_j - max).
+template <class Accumulator>
+struct OnlineSoftmax {
+  float max = -INFINITY;
+  Accumulator sum = 0;
+  Accumulator weighted = 0;
+
+  // What exponents are taken against: finite also while only -inf has been seen.
+  ONEPASS_HOST_DEVICE float base() const { return max == -INFINITY ? 0.0f : max; }
+
+  // Moves the statistics to a maximum that covers `piece_max`.
+  ONEPASS_HOST_DEVICE void raise_max(float piece_max) {
+    if (!(piece_max > max)) return;
+    if (max == -INFINITY) {
+      max = piece_max;
+      return;
+    }
+    const Accumulator step = static_cast<Accumulator>(max) - static_cast<Accumulator>(piece_max);
+    const Accumulator scale = exp(step);
+    weighted = scale * (weighted + step * sum);
+    sum *= scale;
+    max = piece_max;
+  }
+
+  // Adds a piece summed against this->base().
+  ONEPASS_HOST_DEVICE void add(Accumulator piece_sum, Accumulator piece_weighted) {
+    sum += piece_sum;
+    weighted += piece_weighted;
+  }
+
+  // Joins statistics of other columns.
+  ONEPASS_HOST_DEVICE void merge(OnlineSoftmax other) {
+    raise_max(other.max);
+    other.raise_max(max);
+    add(other.sum, other.weighted);
+  }
+};
+
+}  // namespace onepass

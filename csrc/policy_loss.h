@@ -1,0 +1,273 @@
+// The policy-gradient loss of one token and what surrounds it: advantages, aggregation weights,
+// sampler weights, metrics. Written once, for C++ and CUDA. kernels/reference.py is its
+// specification and holds the sources of the equations.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "online_softmax.h"
+
+namespace onepass {
+
+enum class Surrogate { kClip, kCispo, kSapo, kReinforce };
+enum class KlEstimator { kNone, kK1, kK2, kK3 };
+enum class Aggregation { kSequenceMean, kTokenMean, kSequenceSum, kConstant, kSum };
+enum class AdvantageScale { kGroup, kBatch, kNone };
+enum class SamplerCorrection {
+  kNone,
+  kTokenTruncate,
+  kTokenMask,
+  kSequenceTruncate,
+  kSequenceMask
+};
+
+// Bounds that are not set are infinite (sampler_low: 0).
+struct LossSpec {
+  Surrogate surrogate = Surrogate::kClip;
+  double clip_low = 0.2;
+  double clip_high = 0.2;
+  double dual_clip = INFINITY;
+  double ratio_cap = INFINITY;
+  double sapo_temperature_pos = 1.0;
+  double sapo_temperature_neg = 1.05;
+  KlEstimator kl = KlEstimator::kNone;
+  double kl_weight = 0.0;
+  bool kl_ratio_weighted = false;
+  double entropy_weight = 0.0;
+  Aggregation aggregation = Aggregation::kSequenceMean;
+  double max_tokens = 1.0;
+  AdvantageScale advantage_scale = AdvantageScale::kGroup;
+  int advantage_ddof = 1;
+  double advantage_eps = 1e-4;
+  SamplerCorrection sampler_correction = SamplerCorrection::kNone;
+  double sampler_low = 0.0;
+  double sampler_high = INFINITY;
+};
+
+// Rewards of one group, NaN left out. Two passes: sum of squares around the mean.
+struct GroupStats {
+  double mean = 0.0;
+  double squares = 0.0;
+  int64_t count = 0;
+  bool has_spread = false;
+};
+
+ONEPASS_HOST_DEVICE inline GroupStats group_stats(const double* rewards, int64_t size) {
+  GroupStats stats;
+  double sum = 0.0, lowest = INFINITY, highest = -INFINITY;
+  for (int64_t i = 0; i < size; ++i) {
+    if (std::isnan(rewards[i])) continue;
+    sum += rewards[i];
+    lowest = fmin(lowest, rewards[i]);
+    highest = fmax(highest, rewards[i]);
+    ++stats.count;
+  }
+  stats.mean = stats.count > 0 ? sum / static_cast<double>(stats.count) : 0.0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (std::isnan(rewards[i])) continue;
+    const double centred = rewards[i] - stats.mean;
+    stats.squares += centred * centred;
+  }
+  stats.has_spread = highest > lowest;
+  return stats;
+}
+
+ONEPASS_HOST_DEVICE inline double standard_deviation(double squares, int64_t count, int ddof) {
+  return sqrt(squares / fmax(static_cast<double>(count - ddof), 1.0));
+}
+
+// `scale_stats` are the group's own statistics, or those of all rewards for "batch".
+ONEPASS_HOST_DEVICE inline double advantage(double reward, const GroupStats& group,
+                                            const GroupStats& scale_stats, const LossSpec& spec) {
+  if (std::isnan(reward) || !group.has_spread) return 0.0;
+  const double centred = reward - group.mean;
+  if (centred == 0.0 || spec.advantage_scale == AdvantageScale::kNone) return centred;
+  const double deviation =
+      standard_deviation(scale_stats.squares, scale_stats.count, spec.advantage_ddof);
+  return centred / (deviation + spec.advantage_eps);
+}
+
+// Weight of one token's loss in the total. `count` is the number of sequences, for token_mean of
+// active tokens, or the caller's denominator.
+ONEPASS_HOST_DEVICE inline double aggregation_weight(const LossSpec& spec, int64_t active_length,
+                                                     double count) {
+  switch (spec.aggregation) {
+    case Aggregation::kSequenceMean:
+      return 1.0 / fmax(static_cast<double>(active_length), 1.0) / count;
+    case Aggregation::kConstant:
+      return 1.0 / spec.max_tokens / count;
+    case Aggregation::kSum:
+      return 1.0;
+    default:
+      return 1.0 / count;
+  }
+}
+
+ONEPASS_HOST_DEVICE inline bool is_sequence_level(SamplerCorrection correction) {
+  return correction == SamplerCorrection::kSequenceTruncate ||
+         correction == SamplerCorrection::kSequenceMask;
+}
+
+// Importance weight of the policy term from log rho = log-prob under old minus under the sampler.
+ONEPASS_HOST_DEVICE inline double sampler_weight(double log_rho, const LossSpec& spec) {
+  if (spec.sampler_correction == SamplerCorrection::kNone) return 1.0;
+  const double rho = exp(log_rho);
+  if (spec.sampler_correction == SamplerCorrection::kTokenTruncate ||
+      spec.sampler_correction == SamplerCorrection::kSequenceTruncate) {
+    return rho > spec.sampler_high ? spec.sampler_high : rho;
+  }
+  return rho >= spec.sampler_low && rho <= spec.sampler_high ? rho : 0.0;
+}
+
+// Value of a term and its derivative by the token's log-prob.
+struct Term {
+  double value = 0.0;
+  double slope = 0.0;
+};
+
+// log r and its derivative. Without old log-probs r = 1 with gradient kept; a token that had no
+// probability before counts as unchanged.
+ONEPASS_HOST_DEVICE inline Term log_ratio_term(double logprob, bool has_old, double old_logprob) {
+  if (!has_old) return {0.0, 1.0};
+  if (old_logprob == -INFINITY) return {0.0, 0.0};
+  return {logprob - old_logprob, 1.0};
+}
+
+ONEPASS_HOST_DEVICE inline Term clip_term(double advantage, Term log_ratio, const LossSpec& spec) {
+  const double upper = advantage > 0.0 ? fmin(1.0 + spec.clip_high, spec.ratio_cap)
+                                       : fmin(spec.dual_clip, spec.ratio_cap);
+  const double lower = advantage < 0.0 ? 1.0 - spec.clip_low : -INFINITY;
+  const double ratio = exp(log_ratio.value);
+  if (ratio > upper) return {-advantage * upper, 0.0};
+  if (ratio < lower) return {-advantage * lower, 0.0};
+  return {-advantage * ratio, -advantage * ratio * log_ratio.slope};
+}
+
+ONEPASS_HOST_DEVICE inline Term sapo_term(double advantage, Term log_ratio, const LossSpec& spec) {
+  // Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0.
+  constexpr double kLargestLogRatio = 30.0;
+  const double tau = advantage > 0.0 ? spec.sapo_temperature_pos : spec.sapo_temperature_neg;
+  const bool bounded = log_ratio.value > kLargestLogRatio;
+  const double ratio = exp(bounded ? kLargestLogRatio : log_ratio.value);
+  const double gate = 1.0 / (1.0 + exp(-tau * (ratio - 1.0)));
+  const double rest = 1.0 / (1.0 + exp(tau * (ratio - 1.0)));
+  const double slope = bounded ? 0.0 : -4.0 * advantage * gate * rest * ratio * log_ratio.slope;
+  return {-4.0 / tau * advantage * gate, slope};
+}
+
+ONEPASS_HOST_DEVICE inline Term policy_term(double logprob, double advantage, Term log_ratio,
+                                            const LossSpec& spec) {
+  // Also where the ratio overflows: a sample without advantage has no policy gradient.
+  if (advantage == 0.0) return {};
+  switch (spec.surrogate) {
+    case Surrogate::kClip:
+      return clip_term(advantage, log_ratio, spec);
+    case Surrogate::kSapo:
+      return sapo_term(advantage, log_ratio, spec);
+    case Surrogate::kCispo: {
+      const double ratio = exp(log_ratio.value);
+      const double low = 1.0 - spec.clip_low, high = 1.0 + spec.clip_high;
+      const double weight = ratio < low ? low : ratio > high ? high : ratio;
+      return {-weight * advantage * logprob, -weight * advantage};
+    }
+    case Surrogate::kReinforce:
+      return {-advantage * logprob, -advantage};
+  }
+  return {};
+}
+
+ONEPASS_HOST_DEVICE inline Term kl_term(double logprob, double ref_logprob, Term log_ratio,
+                                        const LossSpec& spec) {
+  const double u = ref_logprob - logprob;
+  Term kl;
+  if (spec.kl == KlEstimator::kK1) {
+    kl = {-u, 1.0};
+  } else if (spec.kl == KlEstimator::kK2) {
+    kl = {u * u / 2.0, -u};
+  } else {
+    kl = {expm1(u) - u, -expm1(u)};
+  }
+  if (!spec.kl_ratio_weighted) return kl;
+  const double ratio = exp(log_ratio.value);
+  return {ratio * kl.value, ratio * (kl.value * log_ratio.slope + kl.slope)};
+}
+
+// What the loss of one active token depends on. Absent log-probs are marked by the flags.
+struct Token {
+  double logprob = 0.0;
+  double entropy = 0.0;
+  double advantage = 0.0;
+  double weight = 0.0;  // of this token in the total
+  bool has_old = false;
+  bool has_ref = false;
+  bool has_sampler = false;
+  double old_logprob = 0.0;
+  double ref_logprob = 0.0;
+  double sampler_logprob = 0.0;
+  double sequence_log_rho = 0.0;  // read by the sequence-level sampler corrections only
+};
+
+// Weighted loss of one token, its derivatives, and what the metrics are made of.
+struct TokenLoss {
+  double value = 0.0;
+  double slope_logprob = 0.0;
+  double slope_entropy = 0.0;
+  double entropy = 0.0;
+  double kl = 0.0;
+  double log_ratio = 0.0;
+  double ratio = 0.0;
+  double sampler_gap = 0.0;
+  bool clipped_low = false;
+  bool clipped_high = false;
+  bool kept = false;
+
+  ONEPASS_HOST_DEVICE bool has_gradient() const {
+    return slope_logprob != 0.0 || slope_entropy != 0.0;
+  }
+};
+
+// log-prob under old (or the policy itself) minus under the sampler; 0 where the sampler has none.
+ONEPASS_HOST_DEVICE inline double sampler_gap(const Token& token) {
+  if (!token.has_sampler || std::isnan(token.sampler_logprob)) return 0.0;
+  return (token.has_old ? token.old_logprob : token.logprob) - token.sampler_logprob;
+}
+
+ONEPASS_HOST_DEVICE inline TokenLoss token_loss(const Token& token, const LossSpec& spec) {
+  TokenLoss loss;
+  const Term log_ratio = log_ratio_term(token.logprob, token.has_old, token.old_logprob);
+  const double gap = sampler_gap(token);
+  const double correction = sampler_weight(
+      is_sequence_level(spec.sampler_correction) ? token.sequence_log_rho : gap, spec);
+  Term total;
+  if (correction != 0.0) {
+    const Term policy = policy_term(token.logprob, token.advantage, log_ratio, spec);
+    total = {correction * policy.value, correction * policy.slope};
+  }
+  if (token.has_ref) {
+    const Term kl = kl_term(token.logprob, token.ref_logprob, log_ratio, spec);
+    loss.kl = kl.value;
+    if (spec.kl_weight != 0.0) {
+      total.value += spec.kl_weight * kl.value;
+      total.slope += spec.kl_weight * kl.slope;
+    }
+  }
+  if (spec.entropy_weight != 0.0) {
+    total.value -= spec.entropy_weight * token.entropy;
+    loss.slope_entropy = -spec.entropy_weight * token.weight;
+  }
+  loss.value = token.weight * total.value;
+  loss.slope_logprob = token.weight * total.slope;
+  loss.entropy = token.entropy;
+  loss.log_ratio = log_ratio.value;
+  loss.ratio = exp(log_ratio.value);
+  loss.sampler_gap = fabs(gap);
+  if (spec.surrogate == Surrogate::kClip || spec.surrogate == Surrogate::kCispo) {
+    loss.clipped_low = token.advantage < 0.0 && loss.ratio < 1.0 - spec.clip_low;
+    loss.clipped_high = token.advantage > 0.0 && loss.ratio > 1.0 + spec.clip_high;
+  }
+  loss.kept = correction > 0.0;
+  return loss;
+}
+
+}  // namespace onepass
