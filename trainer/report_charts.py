@@ -1,8 +1,9 @@
-"""The curves of a run's report: which metrics share a chart, and the charts as SVG text and as one PNG."""
+"""The curves of a run's report: which metrics share a chart, as SVG text and as one PNG file."""
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 26
 _TICKS = 4
 _NOISY_POINTS = 30
-_SMOOTHING_SPAN = 15
+_MAX_SMOOTHING_REACH = 20
 
 Colour = Literal["blue", "green", "red", "amber", "violet"]
 COLOURS: dict[Colour, tuple[str, str]] = {
@@ -108,8 +109,8 @@ OTHER_CHARTS = (
         "Groups and completions set aside",
         "share",
         (
-            Curve("zero_spread_share", "groups of equal reward", "violet"),
-            Curve("truncated_share", "cut off", "red"),
+            Curve("zero_spread_fraction", "groups of equal reward", "violet"),
+            Curve("truncated_fraction", "cut off", "red"),
         ),
     ),
     Chart("Entropy (nats per token)", "number", (Curve("entropy", "entropy", "blue"),)),
@@ -149,14 +150,13 @@ def curve_points(records: Sequence[Mapping[str, float | None]], key: str) -> Poi
 
 
 def smoothed(points: Points) -> Points:
-    """Exponential mean over about _SMOOTHING_SPAN points, corrected for its start at zero."""
-    decay = 1 - 1 / _SMOOTHING_SPAN
-    mean = weight = 0.0
+    """Centred means, which do not lag behind; towards the ends they reach less far."""
+    reach = min(_MAX_SMOOTHING_REACH, max(2, len(points) // 20))
+    sums = list(itertools.accumulate((value for _, value in points), initial=0.0))
     result = []
-    for step, value in points:
-        mean = decay * mean + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append((step, mean / weight))
+    for at, (step, _) in enumerate(points):
+        near = min(reach, at, len(points) - 1 - at)
+        result.append((step, (sums[at + near + 1] - sums[at - near]) / (2 * near + 1)))
     return result
 
 
@@ -215,7 +215,8 @@ def tick_label(value: float, unit: str, ticks: Sequence[float]) -> str:
     if largest >= 10_000:
         return f"{value / 1000:g}k"
     if value and largest < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{round(value, 6):g}"
 
 

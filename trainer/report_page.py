@@ -11,7 +11,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 
-from trainer.report_charts import COLOURS, LEFT, RIGHT, WIDTH
+from trainer.report_charts import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 
 def page(
@@ -112,96 +112,123 @@ def _colour_rules() -> str:
 
 
 _CSS = """
-*{box-sizing:border-box} body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5
-system-ui,sans-serif} header,main{max-width:1280px;margin:0 auto;padding:0 24px}
-header{padding-top:28px} h1{font-size:22px;margin:0} header p,.hint{color:var(--dim);margin:2px 0
-0} h2{font-size:16px;margin:32px 0 10px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin-top:20px}
-.tile,figure,#question,.step,table{background:var(--card);border:1px solid
-var(--edge);border-radius:10px} .tile{padding:12px 16px} .tile span,.tile
-i{display:block;color:var(--dim);font-size:13px;font-style:normal} .tile
-b{font-size:23px;font-variant-numeric:tabular-nums;white-space:nowrap}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+header,main{max-width:1280px;margin:0 auto;padding:0 24px}
+header{padding-top:28px}
+main{padding-bottom:48px}
+h1{font-size:22px;margin:0}
+h2{font-size:16px;margin:32px 0 10px}
+header p,.hint{color:var(--dim);margin:2px 0 0}
+button,select,.tile,figure,#question,.step,table{
+  background:var(--card);border:1px solid var(--edge);border-radius:10px}
+
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px}
+.tiles{margin-top:20px}
+.tile{padding:12px 16px}
+.tile span,.tile i{display:block;color:var(--dim);font-size:13px;font-style:normal}
+.tile b{font-size:23px;font-variant-numeric:tabular-nums;white-space:nowrap}
+
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:12px}
-figure{margin:0;padding:12px 14px 6px;min-width:0} figcaption{font-weight:600} figcaption
-small{display:block;font-weight:400;color:var(--dim)} .legend{display:flex;flex-wrap:wrap;gap:2px
-14px;font-size:12.5px;color:var(--dim);min-height:19px}
+figure{margin:0;padding:12px 14px 6px;min-width:0}
+figcaption{font-weight:600}
+figcaption small{display:block;font-weight:400;color:var(--dim)}
+.legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12.5px;color:var(--dim)}
+.legend{min-height:19px}
 .key::before{content:"";display:inline-block;width:12px;height:3px;border-radius:2px;
-margin-right:5px;vertical-align:middle} .plot{position:relative} svg{display:block;width:100%} svg
-text{font-size:10.5px;fill:var(--dim);font-variant-numeric:tabular-nums} .grid{stroke:var(--edge)}
+  margin-right:5px;vertical-align:middle}
+.plot{position:relative}
+svg{display:block;width:100%}
+svg text{font-size:10.5px;fill:var(--dim);font-variant-numeric:tabular-nums}
+.grid{stroke:var(--edge)}
 polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
-polyline.pale{opacity:.25;stroke-width:1} .cursor{stroke:var(--dim);stroke-dasharray:2 3}
-.tip{position:absolute;top:4px;pointer-events:none;background:var(--card);border:1px solid
-var(--edge); border-radius:6px;padding:3px
-8px;font-size:12px;white-space:nowrap;font-variant-numeric:tabular-nums; box-shadow:0 2px 8px
-#0002} .tip b{display:block} .controls{display:flex;gap:6px;margin:10px 0}
+polyline.pale{opacity:.25;stroke-width:1}
+.cursor{stroke:var(--dim);stroke-dasharray:2 3}
+.tip{position:absolute;top:4px;pointer-events:none;padding:3px 8px;font-size:12px;
+  background:var(--card);border:1px solid var(--edge);border-radius:6px;white-space:nowrap;
+  font-variant-numeric:tabular-nums;box-shadow:0 2px 8px #0002}
+.tip b{display:block}
+
+.controls{display:flex;gap:6px;margin:10px 0}
+button,select{font:inherit;color:inherit;border-radius:7px;padding:4px 10px;cursor:pointer}
 select{min-width:0;flex:0 1 560px}
-button,select{font:inherit;color:inherit;background:var(--card);border:1px solid var(--edge);
-border-radius:7px;padding:4px 10px;cursor:pointer} #question{padding:10px
-14px;white-space:pre-wrap;overflow-wrap:anywhere} #question
-b{display:block;color:var(--dim);font-weight:400;font-size:13px}
+#question{padding:10px 14px;white-space:pre-wrap;overflow-wrap:anywhere}
+#question b{display:block;color:var(--dim);font-weight:400;font-size:13px}
 .step{display:grid;grid-template-columns:150px minmax(0,1fr);margin-top:8px;overflow:hidden}
-.side{padding:10px 14px;border-right:1px solid var(--edge);font-variant-numeric:tabular-nums} .side
-small{display:block;color:var(--dim)} .chips{display:flex;flex-wrap:wrap;gap:4px;margin-top:6px}
+.side{padding:10px 14px;border-right:1px solid var(--edge);font-variant-numeric:tabular-nums}
+.side small{display:block;color:var(--dim)}
+.chips{display:flex;flex-wrap:wrap;gap:4px;margin-top:6px}
 .chip{width:26px;height:22px;padding:0;font-size:12px;border-radius:5px}
-.right{background:var(--right)}.wrong{background:var(--wrong)}
-.chip.right{border-color:var(--green)}.chip.wrong{border-color:var(--red)}
-.chip[aria-pressed=true]{outline:2px solid var(--blue);outline-offset:1px} .text{padding:10px
-14px;border-left:4px solid;white-space:pre-wrap;overflow-wrap:anywhere;
-max-height:340px;overflow-y:auto}
-.text.right{border-left-color:var(--green)}.text.wrong{border-left-color:var(--red)} .text
-small{display:block;color:var(--dim);margin-top:6px} .tag{color:var(--dim)}
+.chip.right{background:var(--right);border-color:var(--green)}
+.chip.wrong{background:var(--wrong);border-color:var(--red)}
+.chip[aria-pressed=true]{outline:2px solid var(--blue);outline-offset:1px}
+.text{padding:10px 14px;border-left:4px solid;white-space:pre-wrap;overflow-wrap:anywhere;
+  max-height:340px;overflow-y:auto}
+.text.right{background:var(--right);border-left-color:var(--green)}
+.text.wrong{background:var(--wrong);border-left-color:var(--red)}
+.text small{display:block;color:var(--dim);margin-top:6px}
+.tag{color:var(--dim)}
 mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 2px}
+
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:13.5px;padding:6px 0}
-th,td{text-align:left;padding:2px 14px;vertical-align:top;font-weight:400;overflow-wrap:anywhere}
-th{color:var(--dim);width:280px} main{padding-bottom:48px} @media
-(max-width:640px){.step{grid-template-columns:1fr}.side{border-right:0}}
+th,td{text-align:left;padding:2px 14px;vertical-align:top;overflow-wrap:anywhere}
+th{color:var(--dim);font-weight:400;width:280px}
+@media (max-width:640px){.step{grid-template-columns:1fr}.side{border-right:0}}
 """
 
 _JS = (
-    f"const LEFT={LEFT},RIGHT={RIGHT},WIDTH={WIDTH};"
+    f"const LEFT = {LEFT}, INNER = {WIDTH - LEFT - RIGHT}, WIDTH = {WIDTH};"
+    f"const TOP = {TOP}, BASE = {HEIGHT - BOTTOM};"
     + r"""
 const data = JSON.parse(document.getElementById("data").textContent);
-const make = (tag, text, cls) => {
+const browser = data.browser;
+const byId = id => document.getElementById(id);
+
+function make(tag, text, cls) {
   const node = document.createElement(tag);
   if (text !== undefined) node.textContent = text;
   if (cls) node.className = cls;
   return node;
-};
-const short = (v, unit) => unit === "share" ? (100 * v).toFixed(1) + " %"
-  : Number(v.toPrecision(4)).toString();
+}
+function short(value, unit) {
+  if (unit === "share") return (100 * value).toFixed(1) + " %";
+  return Number(value.toPrecision(4)).toString();
+}
 
-for (const figure of document.querySelectorAll("figure")) {
+function addCursor(figure) {
   const chart = data.charts[figure.dataset.chart];
   const plot = figure.querySelector(".plot"), svg = plot.querySelector("svg");
+  const steps = chart.curves.flatMap(curve => curve.points.map(point => point[0]));
+  const last = Math.max(data.last_step, 1);
   const tip = make("div", undefined, "tip");
   const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
   cursor.setAttribute("class", "cursor");
-  const hide = () => { tip.remove(); cursor.remove(); };
-  plot.addEventListener("pointerleave", hide);
+  plot.addEventListener("pointerleave", () => { tip.remove(); cursor.remove(); });
   plot.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), scale = WIDTH / box.width;
-    const inner = WIDTH - LEFT - RIGHT, last = Math.max(data.last_step, 1);
-    const wanted = ((event.clientX - box.left) * scale - LEFT) / inner * last;
-    const steps = chart.curves.flatMap(curve => curve.points.map(point => point[0]));
-    if (!steps.length) return;
-    const step = steps.reduce((a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
+    const wanted = ((event.clientX - box.left) * scale - LEFT) / INNER * last;
+    const closer = (a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a;
+    const step = steps.reduce(closer);
     tip.replaceChildren(make("b", "step " + step));
     for (const curve of chart.curves) {
-      const point = curve.points.find(p => p[0] === step);
+      const point = curve.points.find(candidate => candidate[0] === step);
       if (point) tip.append(make("div", curve.label + ": " + short(point[1], chart.unit)));
     }
-    const x = LEFT + inner * step / last;
-    for (const [k, v] of [["x1", x], ["x2", x], ["y1", 8], ["y2", 194]]) cursor.setAttribute(k, v);
+    const x = LEFT + INNER * step / last;
+    const ends = {x1: x, x2: x, y1: TOP, y2: BASE};
+    for (const name in ends) cursor.setAttribute(name, ends[name]);
     svg.append(cursor);
     plot.append(tip);
     const left = x / scale;
-    tip.style.left = (left > box.width / 2 ? left - tip.offsetWidth - 8 : left + 8) + "px";
+    const before = left > box.width / 2;
+    tip.style.left = (before ? left - tip.offsetWidth - 8 : left + 8) + "px";
   });
 }
+document.querySelectorAll("figure").forEach(addCursor);
 
-const browser = data.browser;
-const marked = new RegExp("(</?(?:think|answer)>)|\\b(" + browser.words.join("|") + ")\\b", "gi");
-function fill(node, text) {
+const words = browser.words.join("|");
+const marked = new RegExp("(</?(?:think|answer)>)|\\b(?:" + words + ")\\b", "gi");
+function appendMarked(node, text) {
   let from = 0;
   for (const match of text.matchAll(marked)) {
     node.append(text.slice(from, match.index));
@@ -210,58 +237,59 @@ function fill(node, text) {
   }
   node.append(text.slice(from));
 }
-function showSample(text, chips, samples, chosen) {
+function showSample(view, samples, chosen) {
   const sample = samples[chosen], verdict = sample.correct ? "right" : "wrong";
-  text.className = "text " + verdict;
-  text.replaceChildren();
-  fill(text, sample.completion);
-  const parts = [verdict, sample.extracted === null ? "no answer" : "answer " + sample.extracted,
-    "reward " + short(sample.reward ?? 0), sample.length + " tokens"];
-  if (sample.finish_reason === "length") parts.push("cut off");
-  if (sample.mean_logprob !== null)
-    parts.push("mean log-probability " + short(sample.mean_logprob));
-  text.append(make("small", parts.join(" · ")));
-  chips.forEach((chip, index) => chip.setAttribute("aria-pressed", index === chosen));
+  view.text.className = "text " + verdict;
+  view.text.replaceChildren();
+  appendMarked(view.text, sample.completion);
+  const facts = [verdict];
+  facts.push(sample.extracted === null ? "no answer" : "answer " + sample.extracted);
+  if (sample.reward !== null) facts.push("reward " + short(sample.reward));
+  facts.push(sample.length + " tokens");
+  if (sample.finish_reason === "length") facts.push("cut off");
+  if (sample.mean_logprob !== null) {
+    facts.push("mean log-probability " + short(sample.mean_logprob));
+  }
+  view.text.append(make("small", facts.join(" \u00b7 ")));
+  view.chips.forEach((chip, at) => chip.setAttribute("aria-pressed", at === chosen));
+}
+function stepRow(entry) {
+  const row = make("div", undefined, "step"), side = make("div", undefined, "side");
+  const chips = make("div", undefined, "chips");
+  const right = entry.samples.filter(sample => sample.correct).length;
+  const view = {text: make("div"), chips: []};
+  entry.samples.forEach((sample, at) => {
+    const chip = make("button", at + 1, "chip " + (sample.correct ? "right" : "wrong"));
+    chip.addEventListener("click", () => showSample(view, entry.samples, at));
+    view.chips.push(chip);
+    chips.append(chip);
+  });
+  const summary = make("small", right + " of " + entry.samples.length + " right");
+  side.append("step " + entry.step, summary, chips);
+  row.append(side, view.text);
+  showSample(view, entry.samples, 0);
+  return row;
 }
 function showProblem(index) {
   const problem = browser.problems[index];
-  const question = document.getElementById("question");
-  question.replaceChildren(make("b", "question"), problem.question, make("b", "gold answer"),
-    problem.answer);
-  const timeline = document.getElementById("timeline");
-  timeline.replaceChildren();
-  for (const entry of problem.steps) {
-    const row = make("div", undefined, "step"), side = make("div", undefined, "side"); const text =
-    make("div"), chips = make("div", undefined, "chips"); const right = entry.samples.filter(sample
-    => sample.correct).length; side.append("step " + entry.step, make("small", right + " of " +
-    entry.samples.length + " right")); const buttons = entry.samples.map((sample, at) => {
-      const chip = make("button", at + 1, "chip " + (sample.correct ? "right" : "wrong"));
-      chip.addEventListener("click", () => showSample(text, buttons, entry.samples, at));
-      chips.append(chip);
-      return chip;
-    });
-    if (buttons.length > 1) side.append(chips);
-    row.append(side, text);
-    timeline.append(row);
-    showSample(text, buttons, entry.samples, 0);
-  }
+  byId("problem").value = index;
+  byId("question").replaceChildren(
+    make("b", "question"), problem.question, make("b", "gold answer"), problem.answer);
+  byId("timeline").replaceChildren(...problem.steps.map(stepRow));
 }
 if (browser.problems.length) {
-  document.getElementById("browser").hidden = false;
-  document.getElementById("hint").textContent = browser.hint;
-  const select = document.getElementById("problem");
+  const select = byId("problem"), count = browser.problems.length;
+  const move = by => showProblem((Number(select.value) + by + count) % count);
+  byId("browser").hidden = false;
+  byId("hint").textContent = browser.hint;
   browser.problems.forEach((problem, index) => {
     const option = make("option", problem.problem_id + ": " + problem.question.slice(0, 70));
     option.value = index;
     select.append(option);
   });
-  const go = index => {
-    select.value = (index + browser.problems.length) % browser.problems.length;
-    showProblem(Number(select.value));
-  };
-  select.addEventListener("change", () => showProblem(Number(select.value)));
-  document.getElementById("previous").addEventListener("click", () => go(Number(select.value) - 1));
-  document.getElementById("next").addEventListener("click", () => go(Number(select.value) + 1));
+  select.addEventListener("change", () => move(0));
+  byId("previous").addEventListener("click", () => move(-1));
+  byId("next").addEventListener("click", () => move(1));
   showProblem(0);
 }
 """
