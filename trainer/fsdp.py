@@ -1,0 +1,186 @@
+"""Processes and sharding: start-up, FSDP2, collectives on small values, full tensors, the
+gradient's norm.
+
+A run of one process has a process group too (gloo, in memory), so that no caller asks how many
+ranks there are. Gradients are summed over ranks, never averaged: the loss is already divided by
+counts of the whole batch.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.config import UsageError
+
+T = TypeVar("T")
+
+# The main rank makes the embedded model, minutes long, while the others wait.
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process among the processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's contiguous part; the parts of all ranks, in order, are the whole."""
+        bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return items[bounds[0] : bounds[1]]
+
+
+def start_world() -> World:
+    """Joins the processes that torchrun started, or stands alone; deterministic algorithms from
+    here on."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        # cuBLAS reads it when it is first used, which is later.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    store = dist.HashStore() if size == 1 else None
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, store=store, timeout=COLLECTIVE_TIMEOUT
+    )
+    return World(rank=rank, size=size, device=device)
+
+
+def stop_world() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_in_order(world: World, parts: Sequence[T]) -> list[T]:
+    """The parts of all ranks, rank by rank, on every rank.
+
+    Collectives: one all-gather of pickled objects.
+    """
+    if world.size == 1:
+        return list(parts)
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, list(parts))
+    return [item for of_rank in gathered for item in of_rank]
+
+
+def sum_over_ranks(world: World, values: Iterable[float]) -> list[float]:
+    """Each value summed over ranks, in float64.
+
+    Collectives: one all-reduce.
+    """
+    sums = torch.tensor(list(values), dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_rank(world: World, condition: bool) -> bool:
+    """Whether the condition holds on some rank; the same answer on all.
+
+    Collectives: one all-reduce.
+    """
+    return sum_over_ranks(world, [float(condition)])[0] > 0
+
+
+def from_main_rank(world: World, action: Callable[[], T]) -> T:
+    """Runs the action on the main rank; its result, or its UsageError, is that of every rank.
+
+    Raises:
+        UsageError: the action raised one.
+        MainRankFailedError: on the other ranks, when the action raised anything else on the main
+            rank.
+
+    Collectives: one broadcast of a pickled object.
+    """
+    if world.size == 1:
+        return action()
+    outcome: list[Any] = [MainRankFailedError()]
+    try:
+        if world.is_main:
+            outcome = [action()]
+    except UsageError as error:
+        outcome = [error]
+    finally:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UsageError | MainRankFailedError):
+        raise outcome[0]
+    return outcome[0]
+
+
+class MainRankFailedError(Exception):
+    """The main rank raised an error that it shows itself."""
+
+
+def shard_model(
+    root: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype
+) -> None:
+    """FSDP2 over `layers` and the rest of `root`, in place; weights stay float32 and compute in
+    `dtype`.
+
+    One rank in float32 is left as it is. Gradients of ranks are summed.
+    """
+    if world.size == 1 and dtype == torch.float32:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*layers, root):
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        # gloo has neither an average nor a scaled sum.
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded.
+
+    Collectives: one all-gather where it is.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor whole, one at a time, on every rank; all ranks must draw them together.
+
+    Collectives: one all-gather per sharded tensor.
+    """
+    for name, tensor in named:
+        yield name, full_tensor(tensor.detach())
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, present on every rank, placed as `like` is; no communication."""
+    full = full.to(like.device)
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of the whole gradient, a 0-d float32 tensor; nan or inf where the gradient
+    holds one.
+
+    Collectives: one all-reduce where it is sharded.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return full_tensor(nn.utils.get_total_norm(gradients))

@@ -1,0 +1,102 @@
+"""Which problems a step trains on, and which are held out."""
+
+from typing import Protocol
+
+from trainer.config import DataOptions, UsageError
+from trainer.seeds import derive_shuffle
+from trainer.tasks import DataError, Problem, load_problems
+from trainer.tiny_task import held_out_problems, training_problem
+
+EMBEDDED = "tiny"
+
+
+class ProblemSource(Protocol):
+    """An endless sequence of training problems, the same for the same seed."""
+
+    def problem(self, index: int) -> Problem:
+        """The problem at a place of the sequence."""
+
+
+class GeneratedProblems:
+    """The embedded task: every problem is new."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def problem(self, index: int) -> Problem:
+        """The problem at a place of the sequence."""
+        return training_problem(self.seed, index)
+
+
+class ListedProblems:
+    """Passes over a list, each in another random order."""
+
+    def __init__(self, problems: list[Problem], seed: int) -> None:
+        self.problems, self.seed = problems, seed
+        self._epoch, self._order = -1, list[int]()
+
+    def problem(self, index: int) -> Problem:
+        """The problem at a place of the sequence."""
+        epoch, place = divmod(index, len(self.problems))
+        if epoch != self._epoch:
+            self._order = derive_shuffle(len(self.problems), self.seed, "problems", epoch)
+            self._epoch = epoch
+        return self.problems[self._order[place]]
+
+
+def open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list[Problem]]:
+    """The training problems and the held-out ones, which never occur among them.
+
+    Raises:
+        UsageError: a data set that cannot be used, or one too small to hold problems out.
+    """
+    try:
+        return _open_problems(options, seed)
+    except DataError as error:
+        raise UsageError(str(error)) from error
+
+
+def _open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list[Problem]]:
+    def load(source: str, split: str, limit: int | None = None) -> list[Problem]:
+        if source == EMBEDDED:
+            return held_out_problems(options.eval_problems)
+        return load_problems(
+            source,
+            split=split,
+            question_column=options.question_column,
+            answer_column=options.answer_column,
+            limit=limit,
+        )
+
+    eval_source = options.eval_dataset or (EMBEDDED if options.dataset == EMBEDDED else None)
+    held_out = None
+    if eval_source is not None:
+        held_out = load(eval_source, options.eval_split, options.eval_problems)
+    if options.dataset == EMBEDDED:
+        assert held_out is not None
+        return GeneratedProblems(seed), held_out
+    problems = load(options.dataset, options.split)
+    if held_out is None:
+        return _withhold(problems, options, seed)
+    questions = {problem.question for problem in held_out}
+    training = [problem for problem in problems if problem.question not in questions]
+    if not training:
+        raise UsageError(f"--eval-dataset: holds every problem of {options.dataset}")
+    return ListedProblems(training, seed), held_out
+
+
+def _withhold(
+    problems: list[Problem], options: DataOptions, seed: int
+) -> tuple[ProblemSource, list[Problem]]:
+    """The same problems are held out for every seed, so that runs can be compared."""
+    questions = sorted({problem.question for problem in problems})
+    if len(questions) <= options.eval_problems:
+        raise UsageError(
+            f"--dataset: expected more than --eval-problems = {options.eval_problems} different "
+            f"problems in {options.dataset}, got {len(questions)}"
+        )
+    order = derive_shuffle(len(questions), 0, "held-out")
+    chosen = {questions[place] for place in order[: options.eval_problems]}
+    held_out = {problem.question: problem for problem in problems if problem.question in chosen}
+    training = [problem for problem in problems if problem.question not in chosen]
+    return ListedProblems(training, seed), list(held_out.values())

@@ -1,0 +1,49 @@
+"""What samples completions: the interface, and the one implementation there is.
+
+Token ids, never text, cross from here to the update, together with the sampler's own
+log-probabilities.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled completion."""
+
+    token_ids: np.ndarray
+    """int64 `[n]`, the token that ended it included."""
+    logprobs: np.ndarray
+    """float32 `[n]`: log-probability of each token under the sampler, at the sampling
+    temperature."""
+    finish_reason: Literal["stop", "length"]
+    """Ended by itself (end token or stop string), or cut at the budget."""
+
+
+class Sampler(Protocol):
+    """Samples completions from the weights it was last given."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes new weights, each a full tensor under its Hugging Face name."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys_PG: np.ndarray,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[list[Completion]]:
+        """Samples `keys_PG.shape[1]` completions of each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            keys_PG: uint64, the random stream of each completion (`trainer.seeds`).
+            max_new_tokens: longest completion.
+            temperature: 0 takes the most likely token, with its log-probability at temperature 1.
+        """

@@ -1,0 +1,339 @@
+"""Sampling with transformers alone: an unsharded replica of the policy and a batched, cached decode
+loop.
+
+Every rank holds the whole model, so that ranks generate without waiting for one another. `generate`
+of transformers is not used: it draws from a global generator, and its bookkeeping costs more than a
+small model's forward.
+
+Shapes: P prompts, G completions per prompt, R rows (completions) of a batch, B rows still being
+decoded, T positions, V vocabulary.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trainer.config import UsageError
+from trainer.rollout import Completion
+from trainer.seeds import uniforms
+from trainer.templates import Template
+
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# Stop strings are looked for in the text of this many last tokens.
+STOP_WINDOW_TOKENS = 16
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer; grows by half its size, where DynamicLayer copies itself for
+    every token."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Appends the new positions and returns the whole filled part, `[B, heads, T,
+        head_dim]`."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.stored = [self._room(key_states, end), self._room(value_states, end)]
+        elif end > self.stored[0].shape[-2]:
+            self.stored = [self._room(states, end) for states in (key_states, value_states)]
+            for stored, filled in zip(self.stored, (self.keys, self.values), strict=True):
+                stored[:, :, :start] = filled
+        for stored, states in zip(self.stored, (key_states, value_states), strict=True):
+            stored[:, :, start:end] = states
+        self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
+        return self.keys, self.values
+
+    @staticmethod
+    def _room(states: Tensor, positions: int) -> Tensor:
+        rows, heads, _, width = states.shape
+        return states.new_empty(rows, heads, positions + max(16, positions // 2), width)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, in place of itself."""
+        self.stored = [stored.repeat_interleave(repeats, dim=0) for stored in self.stored]
+        self._restore_views()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only the rows at `indices`."""
+        self.stored = [stored.index_select(0, indices) for stored in self.stored]
+        self._restore_views()
+
+    def _restore_views(self) -> None:
+        end = self.get_seq_length()
+        self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
+
+
+@dataclass(slots=True, kw_only=True)
+class _DecodeState:
+    """The rows of one batch while it is decoded. Row i of the B live rows is row `rows_B[i]` of the
+    R."""
+
+    cache: Cache
+    attention_mask_BT: Tensor
+    next_position_B: Tensor
+    rows_B: Tensor
+    keys_B: np.ndarray
+    done_B: Tensor
+    token_ids_RT: Tensor
+    logprobs_RT: Tensor
+    lengths_R: Tensor
+    stopped_R: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stopped_R = torch.zeros_like(self.lengths_R, dtype=torch.bool)
+
+    def drop_done_rows(self) -> None:
+        """Goes on with the unfinished rows only."""
+        kept = torch.nonzero(~self.done_B).squeeze(1)
+        for layer in self.cache.layers:
+            layer.batch_select_indices(kept)
+        self.attention_mask_BT = self.attention_mask_BT[kept]
+        self.next_position_B, self.rows_B = self.next_position_B[kept], self.rows_B[kept]
+        self.keys_B, self.done_B = self.keys_B[kept.cpu().numpy()], self.done_B[kept]
+
+
+class TransformersSampler:
+    """Samples from a replica of a transformers model; see `trainer.rollout.Sampler`.
+
+    Args:
+        model: copied; the copy computes in `dtype`.
+        tokenizer: reads stop strings; its end token ends a completion.
+        template: its stop strings and turn marks end a completion.
+        dtype: of the replica's weights.
+        rows_per_batch: completions decoded together.
+
+    Raises:
+        UsageError: the model has layers other than attention.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        *,
+        dtype: torch.dtype,
+        rows_per_batch: int,
+    ) -> None:
+        layer_types = set(getattr(model.config, "layer_types", None) or [])
+        if not layer_types <= SUPPORTED_LAYERS:
+            raise UsageError(
+                f"--model: expected attention layers only, got {', '.join(sorted(layer_types))}"
+            )
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.rows_per_batch = rows_per_batch
+        self.device = next(self.model.parameters()).device
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.stop_strings = tuple(
+            stop for stop in template.stop if len(_encode(tokenizer, stop)) != 1
+        )
+        end_ids = end_token_ids(model, tokenizer, template)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.ends_V = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+        self.ends_V[sorted(end_ids)] = True
+        self.may_end_stop_V = self._tokens_holding_last_characters(vocabulary)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes new weights, each a full tensor under its Hugging Face name."""
+        for name, tensor in weights:
+            self.parameters[name].copy_(tensor)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys_PG: np.ndarray,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[list[Completion]]:
+        """Samples `keys_PG.shape[1]` completions of each prompt; see `trainer.rollout.Sampler`.
+
+        A completion depends on its prompt, its key and the weights alone, up to the rounding of the
+        forward pass.
+        """
+        group_size = keys_PG.shape[1]
+        prompts_per_batch = max(1, self.rows_per_batch // group_size)
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        for start in range(0, len(prompts), prompts_per_batch):
+            chosen = by_length[start : start + prompts_per_batch]
+            state = self._decode(
+                [prompts[index] for index in chosen], keys_PG[chosen], max_new_tokens, temperature
+            )
+            rows = _completions(state)
+            for place, index in enumerate(chosen):
+                completions[index] = rows[place * group_size : (place + 1) * group_size]
+        return completions
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys_PG: np.ndarray,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> _DecodeState:
+        logits_BV, state = self._prefill(prompts, keys_PG, max_new_tokens)
+        for position in range(max_new_tokens):
+            draws_B = torch.from_numpy(uniforms(state.keys_B, position)).to(self.device)
+            token_ids_B, logprobs_B = sample_tokens(logits_BV, draws_B, temperature)
+            state.token_ids_RT[state.rows_B, position] = token_ids_B
+            state.logprobs_RT[state.rows_B, position] = logprobs_B
+            ended_B = self._ended(state, token_ids_B, position) & ~state.done_B
+            state.lengths_R[state.rows_B[ended_B]] = position + 1
+            state.stopped_R[state.rows_B[ended_B]] = True
+            state.done_B |= ended_B
+            live = int((~state.done_B).sum())
+            if live == 0 or position + 1 == max_new_tokens:
+                break
+            # Dropping rows copies the cache, which pays once a quarter of the rows is finished.
+            if 4 * live <= 3 * len(state.done_B):
+                token_ids_B = token_ids_B[~state.done_B]
+                state.drop_done_rows()
+            logits_BV = self._forward_one(token_ids_B, state)
+        return state
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], keys_PG: np.ndarray, max_new_tokens: int
+    ) -> tuple[Tensor, _DecodeState]:
+        """Runs each prompt once, left padded, and repeats its cache for the completions of its
+        group."""
+        group_size = keys_PG.shape[1]
+        longest = max(map(len, prompts))
+        token_ids_PT = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask_PT = torch.zeros_like(token_ids_PT)
+        for row, prompt in enumerate(prompts):
+            token_ids_PT[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask_PT[row, longest - len(prompt) :] = 1
+        token_ids_PT, mask_PT = token_ids_PT.to(self.device), mask_PT.to(self.device)
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        logits_PV = self.model(
+            input_ids=token_ids_PT,
+            attention_mask=mask_PT,
+            position_ids=(mask_PT.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for layer in cache.layers:
+            layer.batch_repeat_interleave(group_size)
+        rows = len(prompts) * group_size
+        mask_BT = mask_PT.repeat_interleave(group_size, dim=0)
+        state = _DecodeState(
+            cache=cache,
+            attention_mask_BT=mask_BT,
+            next_position_B=mask_BT.sum(1),
+            rows_B=torch.arange(rows, device=self.device),
+            keys_B=keys_PG.reshape(-1),
+            done_B=torch.zeros(rows, dtype=torch.bool, device=self.device),
+            token_ids_RT=torch.zeros(rows, max_new_tokens, dtype=torch.long, device=self.device),
+            logprobs_RT=torch.zeros(rows, max_new_tokens, device=self.device),
+            lengths_R=torch.full((rows,), max_new_tokens, device=self.device),
+        )
+        return logits_PV.repeat_interleave(group_size, dim=0), state
+
+    def _forward_one(self, token_ids_B: Tensor, state: _DecodeState) -> Tensor:
+        ones_B1 = torch.ones_like(state.attention_mask_BT[:, :1])
+        state.attention_mask_BT = torch.cat([state.attention_mask_BT, ones_B1], dim=1)
+        position_ids_B1 = state.next_position_B[:, None]
+        state.next_position_B = state.next_position_B + 1
+        return self.model(
+            input_ids=token_ids_B[:, None],
+            attention_mask=state.attention_mask_BT,
+            position_ids=position_ids_B1,
+            past_key_values=state.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def _ended(self, state: _DecodeState, token_ids_B: Tensor, position: int) -> Tensor:
+        ended_B = self.ends_V[token_ids_B]
+        if self.stop_strings:
+            for row in torch.nonzero(self.may_end_stop_V[token_ids_B]).squeeze(1).tolist():
+                first = max(0, position + 1 - STOP_WINDOW_TOKENS)
+                last_ids = state.token_ids_RT[state.rows_B[row], first : position + 1]
+                text = self.tokenizer.decode(last_ids.tolist())
+                ended_B[row] |= any(stop in text for stop in self.stop_strings)
+        return ended_B
+
+    def _tokens_holding_last_characters(self, vocabulary: int) -> Tensor:
+        """Which tokens can complete a stop string, so that all others are decoded to text for no
+        row."""
+        holds_V = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+        if self.stop_strings:
+            last_characters = {stop[-1] for stop in self.stop_strings}
+            texts = self.tokenizer.batch_decode([[index] for index in range(len(self.tokenizer))])
+            holding = [
+                index for index, text in enumerate(texts) if not last_characters.isdisjoint(text)
+            ]
+            holds_V[holding] = True
+        return holds_V
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def end_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> set[int]:
+    """Tokens that end a completion: end tokens of model and tokenizer, one-token turn marks and
+    stop strings."""
+    of_model = model.generation_config.eos_token_id
+    ends = {of_model} if isinstance(of_model, int) else set(of_model or ())
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    for text in (*template.stop, *template.turn_marks):
+        if len(token_ids := _encode(tokenizer, text)) == 1:
+            ends |= set(token_ids)
+    return ends
+
+
+def sample_tokens(logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row by the inverse of the cumulative distribution.
+
+    Args:
+        logits_BV: any float type.
+        draws_B: float64 in [0, 1).
+        temperature: 0 takes the most likely token.
+
+    Returns: token ids int64 `[B]`, and their log-probabilities float32 `[B]` at the temperature (at
+    1 for 0).
+    """
+    logprobs_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token_ids_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
+    else:
+        cumulative_BV = logprobs_BV.double().exp_().cumsum(dim=-1)
+        totals_B1 = cumulative_BV[:, -1:]
+        # Below the total even where the product rounds up, so that the token found has a probability above 0.
+        thresholds_B1 = torch.minimum(
+            draws_B[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1))
+        )
+        token_ids_B1 = torch.searchsorted(cumulative_BV, thresholds_B1, right=True)
+        # Past the end for a row of nan, which its log-probability then shows.
+        token_ids_B1 = token_ids_B1.clamp(max=logits_BV.shape[-1] - 1)
+    return token_ids_B1.squeeze(1), logprobs_BV.gather(1, token_ids_B1).squeeze(1)
+
+
+def _completions(state: _DecodeState) -> list[Completion]:
+    token_ids_RT, logprobs_RT = state.token_ids_RT.cpu().numpy(), state.logprobs_RT.cpu().numpy()
+    return [
+        Completion(
+            token_ids=token_ids_RT[row, :length].copy(),
+            logprobs=logprobs_RT[row, :length].copy(),
+            finish_reason="stop" if stopped else "length",
+        )
+        for row, (length, stopped) in enumerate(
+            zip(state.lengths_R.tolist(), state.stopped_R.tolist(), strict=True)
+        )
+    ]

@@ -1,0 +1,102 @@
+"""The run directory: whose it is, and what it holds when the run is over."""
+
+import fcntl
+import shutil
+from pathlib import Path
+from typing import IO
+
+from trainer.checkpoints import MODEL
+from trainer.config import TrainConfig, UsageError
+from trainer.report import write_report
+from trainer.run_log import read_metrics, write_atomically
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
+# They may change from one start of a run to the next; all others make another run.
+FREE_FIELDS = {"run_dir", "cache_dir", "resume", "save_every", "keep_checkpoints"}
+
+
+def claim_run_folder(config: TrainConfig) -> IO[str]:
+    """Makes the directory this run's own and writes its config; the lock holds while the file is
+    open.
+
+    Raises:
+        UsageError: another process writes there, or it holds a run that is not to be continued.
+    """
+    folder = config.run_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UsageError(f"--run-dir: {folder} cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"--run-dir: another process is writing to {folder}") from error
+    if (folder / CONFIG_FILE).exists():
+        _check_same_run(config, folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, config.to_json())
+    return lock
+
+
+def _check_same_run(config: TrainConfig, path: Path) -> None:
+    if config.checkpoint.resume == "never":
+        raise UsageError(
+            f"--resume never: {path.parent} holds a run; remove it or give another --run-dir"
+        )
+    try:
+        earlier = TrainConfig.from_json(path.read_text()).flat()
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--run-dir: {path} is not a config of this version ({error})") from error
+    given = config.flat()
+    differing = [
+        f"{name} ({earlier[name]} there, {given[name]} here)"
+        for name in given
+        if name not in FREE_FIELDS and name != "steps" and earlier[name] != given[name]
+    ]
+    if given["steps"] < earlier["steps"]:
+        differing.append(f"steps ({earlier['steps']} there; they may only be raised)")
+    if differing:
+        raise UsageError(
+            f"--run-dir: {path.parent} holds another run, which differs in {', '.join(differing)}"
+        )
+
+
+def finish_run_folder(folder: Path, checkpoint: Path) -> str:
+    """Exports the model, writes the report, and says what came of the run, in a few lines."""
+    exported = folder / MODEL
+    temporary = folder / f".{MODEL}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint / MODEL, temporary)
+    shutil.rmtree(exported, ignore_errors=True)
+    temporary.rename(exported)
+    write_report(folder)
+    return "\n".join([*_changes(folder), *result_paths(folder)])
+
+
+def result_paths(folder: Path) -> list[str]:
+    """Where the results of a finished run are, a line each."""
+    return [
+        f"report  {folder / 'report.html'}",
+        f"curves  {folder / 'curves.png'}",
+        f"model   {folder / MODEL}",
+    ]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run that made its last step also left its results."""
+    return (folder / MODEL).is_dir() and (folder / "report.html").is_file()
+
+
+def _changes(folder: Path) -> list[str]:
+    evaluations = [line for line in read_metrics(folder) if line.get("eval/pass@1") is not None]
+    first, last = evaluations[0], evaluations[-1]
+    lines = []
+    for label, name, factor, form in (
+        ("held-out pass@1", "eval/pass@1", 100.0, "{:.1f} %"),
+        ("held-out cons@k", "eval/cons@k", 100.0, "{:.1f} %"),
+        ("response length", "eval/length/mean", 1.0, "{:.1f} tokens"),
+    ):
+        ends = [form.format(factor * (line[name] or 0.0)) for line in (first, last)]
+        lines.append(f"{label}  {ends[0]} -> {ends[1]}")
+    return lines

@@ -1,0 +1,172 @@
+"""What a run works with, made from its config: models, problems, optimizer, checkpoints, log."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import kernels
+from trainer.checkpoints import (
+    MODEL,
+    CheckpointStore,
+    restore_optimizer,
+    restore_reference,
+    step_of,
+)
+from trainer.config import TrainConfig, UsageError
+from trainer.fsdp import World, from_main_rank
+from trainer.model_loading import load_model, load_tokenizer, resolve_model
+from trainer.policy_update import Policy, make_optimizer
+from trainer.problem_source import ProblemSource, open_problems
+from trainer.rollout import Sampler
+from trainer.rollout.transformers_sampler import TransformersSampler
+from trainer.run_log import RunLog
+from trainer.samples import Prompter
+from trainer.stop_signal import StopSignal
+from trainer.tasks import Problem
+from trainer.templates import Template, template_by_name
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything the loop works with."""
+
+    config: TrainConfig
+    world: World
+    source: ProblemSource
+    held_out: list[Problem]
+    prompter: Prompter
+    sampler: Sampler
+    policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    store: CheckpointStore
+    log: RunLog
+    stop: StopSignal
+    completed: int
+    """Steps made so far, those of earlier starts included."""
+    saved: int
+    """Step of the newest checkpoint, 0 for none."""
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every so many steps (0: never), and at the last, happens at this
+        one."""
+        return step == self.config.optimizer.steps or (every > 0 and step % every == 0)
+
+    def save(self) -> None:
+        """Saves the last completed step, unless it is saved already or there is none."""
+        if self.saved == self.completed:
+            return
+        self.store.save(
+            self.completed, self.policy, self.optimizer, self.reference, self.prompter.tokenizer
+        )
+        self.saved = self.completed
+
+
+def start_run(
+    config: TrainConfig, world: World, store: CheckpointStore, checkpoint: Path | None
+) -> Run:
+    """Loads everything, from the checkpoint where there is one.
+
+    Raises:
+        UsageError: a model, tokenizer, template, data set or backend that cannot be used.
+    """
+    _check_backend(config.backend)
+    template = _template(config.template)
+    source, held_out = open_problems(config.data, config.seed)
+    log = RunLog(
+        config.run_folder,
+        total_steps=config.optimizer.steps,
+        rank=world.rank,
+        resume_step=None if checkpoint is None else step_of(checkpoint),
+    )
+    base = from_main_rank(
+        world,
+        lambda: resolve_model(config.model, config.cache_dir, seed=config.seed, report=log.message),
+    )
+    start = base if checkpoint is None else str(checkpoint / MODEL)
+    tokenizer, model = load_tokenizer(start), load_model(start).to(world.device)
+    _check_vocabulary(tokenizer, model)
+    prompter = Prompter(
+        tokenizer,
+        _for_tokenizer(template, tokenizer),
+        config.reward,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+    )
+    dtype = getattr(torch, config.dtype)
+    sampler = TransformersSampler(
+        model,
+        tokenizer,
+        prompter.template,
+        dtype=dtype,
+        rows_per_batch=config.rollout.rows_per_batch,
+    )
+    reference = _make_reference(config, model, checkpoint, world)
+    policy = Policy(model)
+    policy.shard(world, dtype)
+    optimizer = make_optimizer(policy, config)
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, policy, optimizer)
+    completed = 0 if checkpoint is None else step_of(checkpoint)
+    return Run(
+        config=config,
+        world=world,
+        source=source,
+        held_out=held_out,
+        prompter=prompter,
+        sampler=sampler,
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        store=store,
+        log=log,
+        stop=StopSignal(),
+        completed=completed,
+        saved=completed,
+    )
+
+
+def _make_reference(
+    config: TrainConfig, model: PreTrainedModel, checkpoint: Path | None, world: World
+) -> Policy | None:
+    """A frozen copy of the model, with the checkpoint's reference weights where there is one."""
+    if not config.loss_spec.kl_weight:
+        return None
+    reference = Policy(copy.deepcopy(model)).requires_grad_(False)
+    reference.shard(world, getattr(torch, config.dtype))
+    if checkpoint is not None:
+        restore_reference(checkpoint, reference)
+    return reference
+
+
+def _check_backend(name: str) -> None:
+    available = kernels.available_backends()
+    if name != "auto" and name not in available:
+        raise UsageError(f"--backend: expected auto or one of {', '.join(available)}, got {name!r}")
+    if name != "auto" and available[name] != "available":
+        raise UsageError(f"--backend: {name} is not available ({available[name]})")
+
+
+def _template(name: str) -> Template:
+    try:
+        return template_by_name(name)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def _for_tokenizer(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    try:
+        return template.for_tokenizer(tokenizer)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UsageError(
+            f"--model: expected a tokenizer of at most {rows} tokens, the rows of the model's "
+            f"embedding, got {len(tokenizer)}"
+        )

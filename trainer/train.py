@@ -1,0 +1,243 @@
+"""The R1-Zero loop: `torchrun trainer/train.py [preset] [--flag value ...]`.
+
+Sample prompts, roll out, score, compute advantages, update the policy, give the sampler the new
+weights, evaluate, log, save. Without arguments it runs the embedded default. `start_run` in
+`setup_run.py` makes what the loop works with.
+
+Exit codes: 0 done; 2 a mistake of the caller, in one sentence; 130 interrupted, saved, with the
+command that resumes.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+import kernels
+from trainer.checkpoints import CheckpointStore, step_of
+from trainer.command_line import parse_command_line
+from trainer.config import TrainConfig, UsageError
+from trainer.evaluate import evaluate
+from trainer.fsdp import (
+    MainRankFailedError,
+    any_rank,
+    from_main_rank,
+    full_tensors,
+    gather_in_order,
+    start_world,
+    stop_world,
+)
+from trainer.policy_update import PolicyUpdate, UpdateSample
+from trainer.rollout import Completion
+from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths
+from trainer.run_log import RunLog, Sample
+from trainer.samples import (
+    ScoredCompletion,
+    require_finite_logprobs,
+    rollout,
+    sample_metrics,
+)
+from trainer.setup_run import Run, start_run
+from trainer.stop_signal import InterruptedRunError
+from trainer.tasks import Problem
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def train(run: Run) -> None:
+    """Makes the steps that are left.
+
+    Raises:
+        InterruptedRunError: after a Ctrl-C, once the run is saved.
+        NonFiniteError: before a value that is not finite reaches the weights.
+    """
+    config = run.config
+    policy_update = PolicyUpdate(run.policy, run.reference, run.optimizer, config, run.world)
+    if run.completed == 0:
+        metrics, held_out = evaluate_step(run, step=0)
+        run.log.log_step(0, metrics, eval_samples=held_out)
+    for step in range(run.completed + 1, config.optimizer.steps + 1):
+        clock = PhaseClock(run.log)
+        with clock.phase("rollout"):
+            problems, completions_PG = sample_step(run, step)
+        with clock.phase("score"):
+            scored_PG = gather_in_order(run.world, run.prompter.score(problems, completions_PG))
+            require_finite_logprobs(scored_PG, step)
+        stop_if_asked(run)
+        with clock.phase("update"):
+            update_metrics = policy_update(with_advantages(scored_PG, config), step)
+            run.sampler.load_weights(full_tensors(run.policy.weights()))
+            reset_reference_if_due(run, step)
+        run.completed = step
+        metrics = sample_metrics(scored_PG) | update_metrics | clock.seconds
+        metrics["tokens_per_second"] = count_tokens(scored_PG) / sum(clock.seconds.values())
+        held_out = []
+        if run.is_due(step, config.evaluation.eval_every):
+            eval_metrics, held_out = evaluate_step(run, step)
+            metrics |= eval_metrics
+        records = [run.prompter.record(one) for group in scored_PG for one in group]
+        run.log.log_step(step, metrics, samples=records, eval_samples=held_out)
+        if run.is_due(step, config.checkpoint.save_every):
+            run.save()
+        stop_if_asked(run)
+
+
+class PhaseClock:
+    """Seconds spent in each phase of a step, as metrics."""
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times its block under the name."""
+        self.log.phase(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[f"seconds/{name}"] = time.perf_counter() - started
+
+
+def sample_step(run: Run, step: int) -> tuple[list[Problem], list[list[Completion]]]:
+    """This rank's problems of the step, and their completions from the current policy."""
+    options = run.config.rollout
+    first = (step - 1) * options.num_prompts
+    places = run.world.shard(range(options.num_prompts))
+    problems = [run.source.problem(first + place) for place in places]
+    completions_PG = rollout(
+        run.sampler,
+        run.prompter,
+        problems,
+        num_samples=options.group_size,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        stream=(run.config.seed, "rollout", step),
+        first_prompt=places[0] if places else 0,
+    )
+    return problems, completions_PG
+
+
+def with_advantages(
+    scored_PG: Sequence[Sequence[ScoredCompletion]], config: TrainConfig
+) -> list[UpdateSample]:
+    """All completions with their advantages, relative to whole groups however the update splits
+    them."""
+    scored = [one for group in scored_PG for one in group]
+    advantages_S = kernels.group_advantages(
+        torch.tensor([one.reward.total for one in scored]),
+        group_size=config.rollout.group_size,
+        scale=config.loss_spec.advantage_scale,
+        ddof=config.loss_spec.advantage_ddof,
+        eps=config.loss_spec.advantage_eps,
+    )
+    return [
+        UpdateSample(
+            prompt_ids=one.prompt_ids,
+            token_ids=one.completion.token_ids,
+            sampler_logprobs=one.completion.logprobs,
+            advantage=advantage,
+        )
+        for one, advantage in zip(scored, advantages_S.tolist(), strict=True)
+    ]
+
+
+def evaluate_step(run: Run, step: int) -> tuple[dict[str, float | None], list[Sample]]:
+    """Metrics and completions of the held-out problems under the sampler's weights."""
+    run.log.phase("eval")
+    metrics, scored = evaluate(run.sampler, run.prompter, run.held_out, run.config, run.world, step)
+    return metrics, [run.prompter.record(one) for one in scored]
+
+
+def reset_reference_if_due(run: Run, step: int) -> None:
+    """Makes the policy the new reference, as R1-Zero does every 400 updates."""
+    every = run.config.optimizer.reference_reset_every
+    if run.reference is not None and every is not None and step % every == 0:
+        run.reference.copy_weights(run.policy)
+
+
+def count_tokens(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> int:
+    """Completion tokens of a step."""
+    return sum(len(one.completion.token_ids) for group in scored_PG for one in group)
+
+
+def stop_if_asked(run: Run) -> None:
+    """Saves the last completed step and leaves the loop, if any rank got a Ctrl-C.
+
+    Raises:
+        InterruptedRunError: it did.
+    """
+    if any_rank(run.world, run.stop.requested):
+        run.save()
+        raise InterruptedRunError(f"interrupted and saved after step {run.completed}")
+
+
+def run_to_the_end(config: TrainConfig) -> None:
+    """Starts or continues the run of a config, and leaves its results; says so if it is complete
+    already.
+
+    Raises:
+        UsageError, InterruptedRunError: see `train`.
+    """
+    world, folder = start_world(), config.run_folder
+    with ExitStack() as stack:
+        stack.callback(stop_world)
+        from_main_rank(world, lambda: stack.enter_context(claim_run_folder(config)) and None)
+        store = CheckpointStore(folder, keep=config.checkpoint.keep_checkpoints, world=world)
+        checkpoint = from_main_rank(world, lambda: store.latest(warn))
+        if checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps:
+            if world.is_main and is_finished(folder):
+                print(f"The run is complete, {config.optimizer.steps} steps.")
+                print("\n".join(result_paths(folder)))
+            if from_main_rank(world, lambda: is_finished(folder)):
+                return
+        else:
+            run = start_run(config, world, store, checkpoint)
+            with run.stop, run.log:
+                train(run)
+            checkpoint = store.path(run.completed)
+        summary = from_main_rank(world, lambda: finish_run_folder(folder, checkpoint))
+        if world.is_main:
+            print(summary)
+
+
+def warn(sentence: str) -> None:
+    """Prints a warning."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """The command line that started this process, to be given again."""
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    return shlex.join([*launcher, sys.argv[0], *arguments])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        run_to_the_end(parse_command_line(arguments))
+    except UsageError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USAGE
+    except MainRankFailedError:
+        return 1
+    except InterruptedRunError as interrupted:
+        if is_main:
+            print(f"{interrupted}; continue with\n  {resume_command(arguments)}", flush=True)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        if is_main:
+            print(f"interrupted; start again with\n  {resume_command(arguments)}", flush=True)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
