@@ -9,13 +9,13 @@ problems at a few steps.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.monitors import R1_REFLECTION
 from trainer.report_charts import (
@@ -37,7 +37,7 @@ MAX_COMPLETION_CHARS = 2000
 MAX_READ_BYTES = 4_000_000
 """Of one rollouts file; held-out problems come in the same order, so the first ones are enough."""
 
-_Record = Mapping[str, float | None]
+_Record = Mapping[str, Any]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -61,7 +61,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _html(run_dir: Path, records: Sequence[_Record]) -> str:
-    last_step = max((record["step"] or 0 for record in records), default=0)
+    last_step = max((record["step"] for record in records), default=0)
     cards: list[str] = []
     chart_data: list[dict[str, object]] = []
     for chart in (*MAIN_CHARTS, *OTHER_CHARTS):
@@ -215,11 +215,13 @@ def _problems(files: Sequence[tuple[int, Path]]) -> list[dict[str, object]]:
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:
+    read = 0
     with path.open(encoding="utf-8") as lines:
-        sizes = itertools.accumulate(map(len, lines))
-        within = sum(1 for _ in itertools.takewhile(lambda size: size <= MAX_READ_BYTES, sizes))
-    with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, itertools.islice(lines, within))
+        for line in lines:
+            read += len(line)
+            if read > MAX_READ_BYTES:
+                return
+            yield json.loads(line)
 
 
 def _shown_sample(record: Mapping[str, object]) -> dict[str, object]:

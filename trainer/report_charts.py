@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 MAX_POINTS = 400
 """Longer curves are averaged in this many stretches."""
@@ -133,13 +133,13 @@ OTHER_CHARTS = (
 )
 
 
-def curve_points(records: Sequence[Mapping[str, float | None]], key: str) -> Points:
+def curve_points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
     """(step, value) of a metric where it has one, thinned to MAX_POINTS by averaging stretches."""
-    points = []
-    for record in records:
-        step, value = record["step"], record.get(key)
-        if step is not None and isinstance(value, int | float):
-            points.append((float(step), float(value)))
+    points = [
+        (float(record["step"]), float(record[key]))
+        for record in records
+        if record.get(key) is not None
+    ]
     if len(points) <= MAX_POINTS:
         return points
     edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
@@ -150,13 +150,13 @@ def curve_points(records: Sequence[Mapping[str, float | None]], key: str) -> Poi
 
 
 def smoothed(points: Points) -> Points:
-    """Centred means, which do not lag behind; towards the ends they reach less far."""
+    """Centred means, which do not lag behind; at the ends they reach to one side only."""
     reach = min(_MAX_SMOOTHING_REACH, max(2, len(points) // 20))
     sums = list(itertools.accumulate((value for _, value in points), initial=0.0))
     result = []
     for at, (step, _) in enumerate(points):
-        near = min(reach, at, len(points) - 1 - at)
-        result.append((step, (sums[at + near + 1] - sums[at - near]) / (2 * near + 1)))
+        first, end = max(at - reach, 0), min(at + reach + 1, len(points))
+        result.append((step, (sums[end] - sums[first]) / (end - first)))
     return result
 
 
@@ -220,7 +220,7 @@ def tick_label(value: float, unit: str, ticks: Sequence[float]) -> str:
     return f"{round(value, 6):g}"
 
 
-def write_curves_png(path: Path, records: Sequence[Mapping[str, float | None]]) -> None:
+def write_curves_png(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """The three main charts side by side as a PNG file.
 
     Source: DeepSeek-R1, arXiv 2501.12948, figures 2 and 3.

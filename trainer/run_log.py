@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 from trainer.rewards import Reward
 from trainer.tasks import Problem
@@ -281,8 +281,11 @@ class RunLog:
         )
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, in order; a last line without its line break is left out.
+
+    Returns:
+        Per line `step` (an integer) and the metrics by name, None where a value was not finite.
 
     Raises:
         ValueError: a complete line is not an object with a step; the message names it.

@@ -56,7 +56,9 @@ class Template:
                 f"choose one of {', '.join(name for name in TEMPLATES if name != 'chat')}"
             )
         messages = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
 
     def prompt_ids(self, question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the prompt; none are added to a chat template's own special tokens."""

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from trainer.templates import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Template
 
 _BRACE_OR_BOX = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\.|[{}]", re.DOTALL)
-_SPACE = re.compile(r"\s*")
 _SPECIAL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,60}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn)>")
 _SPECIAL_TOKEN_MAX_CHARS = 64
 _UNDECODABLE = re.compile("[\x00\ud800-\udfff\ufffd]")
@@ -151,11 +150,17 @@ def _closed_box(text: str, opened: tuple[int, int], close: int, previous: _Box |
     start, content_start = opened
     if (
         previous is not None
-        and _SPACE.match(text, content_start).end() == previous.start
-        and _SPACE.match(text, previous.end).end() == close
+        and _after_space(text, content_start) == previous.start
+        and _after_space(text, previous.end) == close
     ):
         return _Box(start, close + 1, previous.content_start, previous.content_end)
     return _Box(start, close + 1, content_start, close)
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _end_without_special_tokens(text: str) -> int:

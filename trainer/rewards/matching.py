@@ -96,16 +96,16 @@ def _as_fraction(text: str) -> Fraction | None:
     match = _PLAIN.fullmatch(text)
     if match is not None:
         sign, top, bottom_sign, bottom = match.groups()
-        signs = (sign, bottom_sign)
+        minus_signs = [sign, bottom_sign].count("-")
     else:
         match = _LATEX.fullmatch(text)
         if match is None:
             return None
         sign, short_top, short_bottom, top_sign, long_top, bottom_sign, long_bottom = match.groups()
         top, bottom = short_top or long_top, short_bottom or long_bottom
-        signs = (sign, top_sign, bottom_sign)
+        minus_signs = [sign, top_sign, bottom_sign].count("-")
     denominator = Fraction(1) if bottom is None else Fraction(bottom.replace(",", ""))
     if denominator == 0:
         return None
     value = Fraction(top.replace(",", "")) / denominator
-    return -value if signs.count("-") % 2 else value
+    return -value if minus_signs % 2 else value
