@@ -1,0 +1,181 @@
+"""The passes over one row of logits, as device functions: sums over it, and its gradient.
+
+`row_sums` keeps a running maximum, sum of exp and weighted sum for each of LANES columns and merges
+the lanes once at the end: threads do not wait for one another inside the loop, and the order of
+every sum depends on the width of the row alone. `write_gradient` goes from the last column to the
+first, whose data is the likeliest to be still in cache. What a row does once is float64, what a
+column does is float32 and relative to the maximum.
+
+To be compiled without contraction of a * b + c, so that both passes see the same z; `tl.fma` stands
+where one is meant. All loops run over tiles of DEPTH * LANES columns.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950216293335)
+LOG2_E_REST = tl.constexpr(1.925963033500711e-08)
+LN_2 = tl.constexpr(0.6931471805599453)
+# exp of anything lower is 0 in float32; a finite bound keeps -inf out of products.
+LOWEST = tl.constexpr(-200.0)
+ROW_ALIGNMENT = tl.constexpr(16)
+
+
+@triton.jit
+def _bounded(shift: tl.tensor) -> tl.tensor:
+    """max(shift, LOWEST), but NaN stays NaN."""
+    return tl.where(shift < LOWEST, LOWEST, shift)
+
+
+@triton.jit
+def _exp(shift: tl.tensor) -> tl.tensor:
+    """exp of LOWEST <= shift <= 0: the hardware's 2^x, corrected for its rounded argument."""
+    exponent = shift * LOG2_E
+    rest = tl.fma(shift, LOG2_E_REST, tl.fma(shift, LOG2_E, -exponent))
+    power = tl.exp2(exponent)
+    return tl.fma(power, rest * LN_2, power)
+
+
+@triton.jit
+def _expm1(x: tl.tensor) -> tl.tensor:
+    """exp(x) - 1 of LOWEST <= x <= 0 without cancellation: Taylor to x^8 above -1/2."""
+    series = tl.fma(x, 1 / 40320, 1 / 5040)
+    series = tl.fma(x, series, 1 / 720)
+    series = tl.fma(x, series, 1 / 120)
+    series = tl.fma(x, series, 1 / 24)
+    series = tl.fma(x, series, 1 / 6)
+    series = tl.fma(x, series, 0.5)
+    series = tl.fma(x * x, series, x)
+    return tl.where(x > -0.5, series, _exp(x) - 1.0)
+
+
+@triton.jit
+def scaled(
+    x: tl.tensor, inv_temperature: tl.tensor, softcap: tl.tensor, HAS_SOFTCAP: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """z = inv_temperature * softcap(x), and the derivative of softcap.
+
+    With e = expm1(-2 |x| / softcap): tanh = -e / (2 + e) and 1 - tanh^2 = 4 (1 + e) / (2 + e)^2.
+    """
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        e = _expm1(_bounded(-2.0 * tl.div_rn(tl.abs(x), softcap)))
+        capped = softcap * tl.div_rn(-e, 2.0 + e)
+        slope = tl.div_rn(4.0 * (1.0 + e), (2.0 + e) * (2.0 + e))
+        x = tl.where(x < 0, -capped, capped)
+    return x * inv_temperature, slope
+
+
+@triton.jit
+def row_offset(
+    row: tl.tensor,
+    inner: tl.tensor,
+    stride_outer: tl.tensor,
+    stride_inner: tl.tensor,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """Where row (row // inner, row % inner) starts, in elements."""
+    offset = (row // inner) * stride_outer + (row % inner) * stride_inner
+    if ALIGNED:
+        offset = tl.multiple_of(offset, ROW_ALIGNMENT)
+    return offset
+
+
+@triton.jit
+def row_sums(
+    row_ptr: tl.tensor,
+    width: tl.tensor,
+    inv_temperature: tl.tensor,
+    softcap: tl.tensor,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Maximum m of z, sum of exp(z - m) and sum of (z - m) exp(z - m)."""
+    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lane_max = tl.full([LANES], -float("inf"), tl.float32)
+    lane_sum = tl.zeros([LANES], tl.float32)
+    lane_weighted = tl.zeros([LANES], tl.float32)
+    for start in range(0, width, DEPTH * LANES):
+        inside = start + tile < width
+        x = tl.load(row_ptr + start + tile, mask=inside, other=-float("inf")).to(tl.float32)
+        z, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
+        z = tl.where(inside, z, -float("inf"))
+        new_max = tl.maximum(lane_max, tl.max(z, axis=0))
+        # A lane that saw nothing but -inf is measured from 0: its terms are 0 and not NaN.
+        origin = tl.where(new_max == -float("inf"), 0.0, new_max)
+        rise = _bounded(lane_max - origin)
+        factor = _exp(rise)
+        lane_weighted = factor * (lane_weighted + rise * lane_sum)
+        lane_sum = factor * lane_sum
+        shift = _bounded(z - origin[None, :])
+        power = _exp(shift)
+        lane_sum += tl.sum(power, axis=0)
+        lane_weighted += tl.sum(shift * power, axis=0)
+        lane_max = new_max
+    row_max = tl.max(lane_max, axis=0)
+    rise = _bounded(lane_max - tl.where(row_max == -float("inf"), 0.0, row_max))
+    factor = _exp(rise)
+    row_sum = tl.sum(factor * lane_sum, axis=0)
+    return row_max, row_sum, tl.sum(factor * (lane_weighted + rise * lane_sum), axis=0)
+
+
+@triton.jit
+def write_gradient(
+    row_ptr: tl.tensor,
+    out_row_ptr: tl.tensor,
+    width: tl.tensor,
+    token_id: tl.tensor,
+    inv_temperature: tl.tensor,
+    softcap: tl.tensor,
+    row_max: tl.tensor,
+    target_shift: tl.tensor,
+    log_sum: tl.tensor,
+    entropy: tl.tensor,
+    coef_logprob: tl.tensor,
+    coef_entropy: tl.tensor,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """d_j = coef_logprob (1[j=y] - p_j) - coef_entropy p_j (log p_j + entropy), times dz_j/dx_j.
+
+    p_j = exp(shift_j - log_sum) with shift_j = z_j - row_max. The factors that all columns share
+    are multiplied in float64 and rounded once.
+    """
+    logprob = target_shift - log_sum
+    probability = tl.exp(logprob)
+    surprise = tl.where(probability == 0.0, 0.0, probability * (logprob + entropy))
+    target = coef_logprob * (1.0 - probability) - coef_entropy * surprise
+    target = (target * inv_temperature).to(tl.float32)
+    common = -inv_temperature * tl.exp(-log_sum)
+    weight_logprob = (coef_logprob * common).to(tl.float32)
+    weight_entropy = (coef_entropy * common).to(tl.float32)
+    mean_shift = (log_sum - entropy).to(tl.float32)
+    num_tiles = tl.cdiv(width, DEPTH * LANES)
+    for done in range(0, num_tiles):
+        columns = (num_tiles - 1 - done) * (DEPTH * LANES) + tl.arange(0, DEPTH * LANES)
+        inside = columns < width
+        x = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        z, slope = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
+        shift = _bounded(z - row_max)
+        gradient = _exp(shift)
+        if HAS_ENTROPY:
+            gradient *= tl.fma(shift - mean_shift, weight_entropy, weight_logprob)
+        else:
+            gradient *= weight_logprob
+        gradient = tl.where(columns == token_id, target, gradient)
+        if HAS_SOFTCAP:
+            gradient *= slope
+        tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_zeros(
+    out_row_ptr: tl.tensor, width: tl.tensor, LANES: tl.constexpr, DEPTH: tl.constexpr
+) -> None:
+    zeros = tl.zeros([DEPTH * LANES], out_row_ptr.dtype.element_ty)
+    for start in range(0, width, DEPTH * LANES):
+        columns = start + tl.arange(0, DEPTH * LANES)
+        tl.store(out_row_ptr + columns, zeros, mask=columns < width)
