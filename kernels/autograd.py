@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.backends import load_backend
@@ -51,6 +50,15 @@ def gradient_buffer(logits_OIW: Tensor, vocab: VocabShard | None, inplace: bool)
     return buffer_OIW
 
 
+def refuse_double_backward(name: str) -> None:
+    """Backward runs with gradients enabled only under create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: its gradient is not differentiable a second time; expected a backward "
+            "without create_graph=True"
+        )
+
+
 class TokenLogprobsFunction(torch.autograd.Function):
     """log-prob, entropy and lse of the target tokens, with gradient through the first two."""
 
@@ -79,8 +87,8 @@ class TokenLogprobsFunction(torch.autograd.Function):
         return logprobs_N, entropy_N, lse_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("token_logprobs")
         grad_logprobs_N, grad_entropy_N, _ = grads
         inv_temperature, softcap, vocab, inplace, backend = ctx.arguments
         logits_OIW, token_ids_N, max_N, log_sum_N, entropy_N = ctx.saved_tensors
@@ -144,8 +152,8 @@ class PolicyLossFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("policy_loss")
         out_OIW, ctx.gradient_OIW = ctx.gradient_OIW, None
         if out_OIW is None:
             raise RuntimeError(

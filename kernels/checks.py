@@ -59,6 +59,7 @@ def checked_rows(
 
 def checked_layout(logits: Tensor, inplace: bool) -> Tensor:
     """Logits as [outer, inner, W] with contiguous rows; a layout without them is copied once."""
+    logits = differentiable(logits)
     logits_OIW = logits[None] if logits.dim() == 2 else logits
     overlaps = any(
         size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
@@ -72,6 +73,12 @@ def checked_layout(logits: Tensor, inplace: bool) -> Tensor:
             f"got strides {list(logits.stride())}"
         )
     return logits_OIW.contiguous()
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, detached under no_grad: an autograd Function could not tell otherwise, and would
+    compute (or write in place) a gradient that nobody can ask for."""
+    return tensor if torch.is_grad_enabled() else tensor.detach()
 
 
 def checked_head(

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels import reference
-from kernels.autograd import finish_stats
+from kernels.autograd import finish_stats, refuse_double_backward
 from kernels.backends import load_backend
 from kernels.reference import TokenBatch
 from kernels.sharding import VocabShard, merge_row_stats
@@ -236,8 +235,8 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_policy_loss")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_policy_loss: a second backward through the same loss; its gradient is "
@@ -280,8 +279,8 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         return logprobs_N.clone(), entropy_N.clone(), lse_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_token_logprobs")
         # Unpacking the saved tensors is what detects a weight changed since forward.
         hidden_ND, _, _, token_ids_N, rows_4N = ctx.saved_tensors
         hidden_ND = hidden_ND.detach()

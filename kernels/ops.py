@@ -20,6 +20,7 @@ from kernels.checks import (
     checked_layout,
     checked_rows,
     checked_softcap,
+    differentiable,
     inverse_temperature,
 )
 from kernels.reference import METRIC_NAMES
@@ -146,9 +147,9 @@ def linear_token_logprobs(
     )
     rows = checked_rows(hidden, token_ids, None, None, len(weight) if vocab is None else None)
     logprobs_N, entropy_N, lse_N = linear.LinearTokenLogprobsFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        differentiable(hidden).reshape(-1, hidden.shape[-1]),
+        differentiable(weight),
+        None if bias is None else differentiable(bias),
         head,
         localize(rows.token_ids_N, vocab),
         chunk_tokens or linear.default_chunk_tokens(head),
@@ -366,9 +367,9 @@ def linear_policy_loss(
         },
     )
     outputs = linear.LinearPolicyLossFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        differentiable(hidden).reshape(-1, hidden.shape[-1]),
+        differentiable(weight),
+        None if bias is None else differentiable(bias),
         head,
         batch,
         spec,
