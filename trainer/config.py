@@ -340,8 +340,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             evaluation=EvaluationOptions(eval_every=20, eval_samples=1),
         ),
     ),
-    # DeepSeek-R1 (2501.12948 v2), section 2.1 and B.4.1: 512 questions x 16 outputs a rollout, 16 updates of 512
-    # outputs, the reference replaced every 400 updates. The clip range, not stated for R1-Zero, is that of R1.
+    # DeepSeek-R1 (2501.12948 v2), section 2.1 and B.4.1: 512 questions x 16 outputs a rollout, 16
+    # updates of 512 outputs, the reference replaced every 400 updates. The clip range, not stated
+    # for R1-Zero, is that of R1.
     "r1-zero": (
         "The numbers of the DeepSeek-R1-Zero paper; give --model and --dataset.",
         TrainConfig(
@@ -366,8 +367,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             checkpoint=CheckpointOptions(save_every=5),
         ),
     ),
-    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout. The number of steps
-    # is not stated; 20 passes over the 8,523 problems of MATH level 3 to 5 would be 1,331.
+    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout. The
+    # number of steps is not stated; 20 passes over the 8,523 problems of MATH, levels 3 to 5, would
+    # be 1,331.
     "dr-grpo-7b": (
         "The recipe of Dr. GRPO for Qwen2.5-Math-7B; give --dataset (MATH, levels 3 to 5).",
         TrainConfig(

@@ -78,8 +78,8 @@ def load_model(source: str) -> PreTrainedModel:
         if getattr(model.config, name, 1.0) != 1.0:
             raise UsageError(f"--model: expected logits without {name}, got {source}")
     for parameter in model.parameters():
-        # Tensors mapped from a file are aligned as it happens, and matrix products of other alignment round
-        # otherwise; in fresh memory a resumed run computes the same bits.
+        # Tensors mapped from a file are aligned as it happens, and matrix products of other
+        # alignment round otherwise; in fresh memory a resumed run computes the same bits.
         parameter.data = parameter.data.clone()
     return model.eval()
 

@@ -153,8 +153,8 @@ def require_finite_logprobs(scored_PG: Iterable[Iterable[ScoredCompletion]], ste
         for one in group:
             if not np.isfinite(one.completion.logprobs).all():
                 raise NonFiniteError(
-                    f"step {step}: expected finite values, got nan in the sampler's log-probabilities "
-                    f"for problem {one.problem.problem_id}"
+                    f"step {step}: expected finite values, got nan in the sampler's "
+                    f"log-probabilities for problem {one.problem.problem_id}"
                 )
 
 

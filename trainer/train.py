@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+import transformers
 
 import kernels
 from trainer.checkpoints import CheckpointStore, step_of
@@ -182,6 +183,8 @@ def run_to_the_end(config: TrainConfig) -> None:
     Raises:
         UsageError, InterruptedRunError: see `train`.
     """
+    # A bar for every checkpoint would tear the run's own progress line apart.
+    transformers.utils.logging.disable_progress_bar()
     world, folder = start_world(), config.run_folder
     with ExitStack() as stack:
         stack.callback(stop_world)

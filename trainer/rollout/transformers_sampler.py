@@ -315,7 +315,8 @@ def sample_tokens(logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tup
     else:
         cumulative_BV = logprobs_BV.double().exp_().cumsum(dim=-1)
         totals_B1 = cumulative_BV[:, -1:]
-        # Below the total even where the product rounds up, so that the token found has a probability above 0.
+        # Below the total even where the product rounds up, so that the token found has a
+        # probability above 0.
         thresholds_B1 = torch.minimum(
             draws_B[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1))
         )

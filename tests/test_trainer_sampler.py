@@ -1,0 +1,148 @@
+"""The sampler: right distribution, right log-probabilities, independence of the batch, ends."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.rollout.transformers_sampler import TransformersSampler, sample_tokens
+from trainer.seeds import derive_key
+from trainer.templates import Template, template_by_name
+from trainer.testing import WORDS, bigram_logprobs, bigram_model, bigram_tokenizer
+
+TINY = template_by_name("tiny")
+
+
+def make_sampler(
+    *, rows_per_batch: int = 64, template: Template = TINY, noise: float = 1e-4
+) -> TransformersSampler:
+    return TransformersSampler(
+        bigram_model(noise=noise),
+        bigram_tokenizer(),
+        template,
+        dtype=torch.float32,
+        rows_per_batch=rows_per_batch,
+    )
+
+
+def make_keys(prompts: int, samples: int, step: int = 1) -> np.ndarray:
+    return np.array(
+        [[derive_key(0, "test", step, p, g) for g in range(samples)] for p in range(prompts)],
+        dtype=np.uint64,
+    )
+
+
+def words(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def test_sampled_tokens_follow_the_models_distribution() -> None:
+    completions = make_sampler(rows_per_batch=4000).generate(
+        [words("User: 1 + 2 Assistant:")], make_keys(1, 4000), max_new_tokens=1, temperature=1.0
+    )[0]
+    counts = np.bincount([one.token_ids[0] for one in completions], minlength=len(WORDS))
+    expected = bigram_logprobs()[WORDS.index("Assistant:")].exp().numpy() * 4000
+    common = expected > 5
+    assert counts[~common].sum() <= 20
+    # Two common words, so one degree of freedom: 10.8 has probability 0.001.
+    assert ((counts - expected)[common] ** 2 / expected[common]).sum() < 10.8
+
+
+def test_temperature_sharpens_the_distribution() -> None:
+    completions = make_sampler(rows_per_batch=2000).generate(
+        [words("User: 1 + 2 Assistant:")], make_keys(1, 2000), max_new_tokens=1, temperature=0.5
+    )[0]
+    # Weights 9 and 1 become 81 and 1.
+    answers_at_once = np.mean([one.token_ids[0] == WORDS.index("<answer>") for one in completions])
+    assert answers_at_once == pytest.approx(1 / 82, abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_full_forward(temperature: float) -> None:
+    sampler = make_sampler(noise=0.1)
+    prompts = [words("User: 1 + 2 Assistant:"), words("1 Assistant:"), words("User: so so 3 +")]
+    completions_PG = sampler.generate(
+        prompts, make_keys(3, 4), max_new_tokens=12, temperature=temperature
+    )
+    for prompt, completions in zip(prompts, completions_PG, strict=True):
+        for one in completions:
+            token_ids = torch.tensor([[*prompt, *one.token_ids]])
+            logits = sampler.model(token_ids).logits[0, len(prompt) - 1 : -1]
+            expected = (logits / temperature).log_softmax(-1).gather(1, token_ids[0, len(prompt) :, None])
+            np.testing.assert_allclose(one.logprobs, expected[:, 0].detach(), atol=2e-5)
+
+
+def test_completions_do_not_depend_on_the_batch() -> None:
+    prompts = [words("User: 1 + 2 Assistant:"), words("Assistant:"), words("9 9 9 so")]
+    keys_PG = make_keys(3, 5)
+    together = make_sampler().generate(prompts, keys_PG, max_new_tokens=30, temperature=1.0)
+    apart = [
+        make_sampler(rows_per_batch=1).generate(
+            [prompts[p]], keys_PG[p : p + 1, g : g + 1], max_new_tokens=30, temperature=1.0
+        )[0][0]
+        for p in range(3)
+        for g in range(5)
+    ]
+    lengths = set()
+    for one, other in zip([c for group in together for c in group], apart, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.finish_reason == other.finish_reason
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        lengths.add(len(one.token_ids))
+    assert len(lengths) > 3
+
+
+def test_greedy_completion_equals_generate_of_transformers() -> None:
+    sampler = make_sampler(noise=0.3)
+    prompt = words("User: 1 + 2 Assistant:")
+    ours = sampler.generate([prompt], make_keys(1, 1), max_new_tokens=20, temperature=0.0)[0][0]
+    theirs = sampler.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=20,
+        eos_token_id=[WORDS.index("<eos>"), WORDS.index("</answer>")],
+    )[0, len(prompt) :]
+    assert ours.token_ids.tolist() == theirs.tolist()
+
+
+def test_completion_ends_at_end_token_stop_word_or_budget() -> None:
+    completions = make_sampler(rows_per_batch=500).generate(
+        [words("User: 1 + 2 Assistant:")], make_keys(1, 500), max_new_tokens=6, temperature=1.0
+    )[0]
+    ends = {WORDS.index("<eos>"), WORDS.index("</answer>")}
+    for one in completions:
+        assert ends.isdisjoint(one.token_ids[:-1].tolist())
+        if one.finish_reason == "stop":
+            assert one.token_ids[-1] in ends
+        else:
+            assert len(one.token_ids) == 6 and one.token_ids[-1] not in ends
+    assert {one.finish_reason for one in completions} == {"stop", "length"}
+
+
+def test_stop_string_of_several_tokens_ends_a_completion() -> None:
+    template = Template(name="x", text="{question}", answer_in="answer_tags", stop=("so so </think>",))
+    completions = make_sampler(rows_per_batch=200, template=template).generate(
+        [words("Assistant:")], make_keys(1, 200), max_new_tokens=30, temperature=1.0
+    )[0]
+    stopped = [one for one in completions if one.token_ids[-1] == WORDS.index("</think>")]
+    assert stopped
+    for one in completions:
+        text = " ".join(WORDS[index] for index in one.token_ids)
+        assert text.find("so so </think>") in (-1, len(text) - len("so so </think>"))
+
+
+def test_new_weights_change_what_is_sampled() -> None:
+    sampler = make_sampler()
+    weights = {name: tensor.clone() for name, tensor in sampler.model.named_parameters()}
+    weights["lm_head.weight"][WORDS.index("so")] = 100.0
+    sampler.load_weights(weights.items())
+    one = sampler.generate([words("1")], make_keys(1, 1), max_new_tokens=5, temperature=1.0)[0][0]
+    assert one.token_ids.tolist() == [WORDS.index("so")] * 5
+
+
+def test_sample_tokens_inverts_the_cumulative_distribution() -> None:
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    draws = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
+    token_ids, logprobs = sample_tokens(probabilities.log().expand(6, 6), draws, 1.0)
+    assert token_ids.tolist() == [1, 1, 3, 3, 4, 4]
+    torch.testing.assert_close(logprobs, probabilities[token_ids].log())
