@@ -67,7 +67,9 @@ def test_logprobs_are_those_of_a_full_forward(temperature: float) -> None:
         for one in completions:
             token_ids = torch.tensor([[*prompt, *one.token_ids]])
             logits = sampler.model(token_ids).logits[0, len(prompt) - 1 : -1]
-            expected = (logits / temperature).log_softmax(-1).gather(1, token_ids[0, len(prompt) :, None])
+            expected = (
+                (logits / temperature).log_softmax(-1).gather(1, token_ids[0, len(prompt) :, None])
+            )
             np.testing.assert_allclose(one.logprobs, expected[:, 0].detach(), atol=2e-5)
 
 
@@ -120,7 +122,9 @@ def test_completion_ends_at_end_token_stop_word_or_budget() -> None:
 
 
 def test_stop_string_of_several_tokens_ends_a_completion() -> None:
-    template = Template(name="x", text="{question}", answer_in="answer_tags", stop=("so so </think>",))
+    template = Template(
+        name="x", text="{question}", answer_in="answer_tags", stop=("so so </think>",)
+    )
     completions = make_sampler(rows_per_batch=200, template=template).generate(
         [words("Assistant:")], make_keys(1, 200), max_new_tokens=30, temperature=1.0
     )[0]

@@ -33,6 +33,8 @@ def parse_command_line(arguments: Sequence[str]) -> TrainConfig:
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     _check_flag_names(flags)
+    if not {"-h", "--help"}.isdisjoint(flags):
+        _print_presets()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -70,12 +72,19 @@ def _check_flag_names(flags: Sequence[str]) -> None:
         raise UsageError(f"{name}: no such flag; {hint}")
 
 
+def _print_presets() -> None:
+    print(f"Presets, the first argument (without one: {DEFAULT_PRESET}):")
+    for name, (description, _) in PRESETS.items():
+        print(f"  {name:16} {description}")
+    print()
+
+
 def _first_sentence(box: str) -> str:
     """The message inside the box that tyro draws around it."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()[1:]]
     message = []
     for line in lines:
-        if not line.strip("─ "):
+        if not line.strip("─- "):
             break
         message.append(line)
     sentence = re.sub(r"^Error parsing (?!-)[^:]+: |^Error parsing ", "", " ".join(message))

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = (
-    "<pad> <eos> User: Assistant: <think> </think> <answer> </answer> + <unk> so 0 1 2 3 4 5 6 7 8 9"
-).split()
 DIGITS = [str(digit) for digit in range(10)]
+WORDS = [
+    *"<pad> <eos> User: Assistant: <think> </think> <answer> </answer> + <unk> so".split(),
+    *DIGITS,
+]
 # Next words and their weights; a word that is not named is followed by any word.
 FOLLOWERS: dict[str, dict[str, float]] = {
     "Assistant:": {"<think>": 9, "<answer>": 1},
