@@ -1,0 +1,80 @@
+"""What a run is judged by, on cases that can be counted by hand."""
+
+import pytest
+
+from trainer.monitors import (
+    DRGRPO_REFLECTION,
+    R1_REFLECTION,
+    cons_at_k,
+    lengths_by_correctness,
+    pass_at_1,
+    reflection_rate,
+    zero_spread_share,
+)
+
+
+def test_pass_at_1_averages_problems_not_samples() -> None:
+    assert pass_at_1([[True], [False, False, False]]) == 0.5
+
+
+def test_pass_at_1_refuses_a_problem_without_samples() -> None:
+    with pytest.raises(ValueError, match="at least one problem and one sample"):
+        pass_at_1([[True], []])
+
+
+def test_cons_at_k_counts_equivalent_answers_together() -> None:
+    answers_PK = [["3", "1/2", "0.5", "3.5", "\\frac12"]]
+    assert cons_at_k(answers_PK, [[False, True, True, False, True]]) == 1.0
+
+
+def test_cons_at_k_outvotes_a_right_minority() -> None:
+    assert cons_at_k([["4", "4", "5"]], [[False, False, True]]) == 0.0
+
+
+def test_cons_at_k_breaks_a_tie_for_the_answer_that_came_first() -> None:
+    assert cons_at_k([["5", "4", "4", "5"]], [[True, False, False, True]]) == 1.0
+    assert cons_at_k([["4", "5", "5", "4"]], [[False, True, True, False]]) == 0.0
+
+
+def test_cons_at_k_gives_missing_answers_no_vote() -> None:
+    assert cons_at_k([[None, None, "5"]], [[False, False, True]]) == 1.0
+    assert cons_at_k([[None, None]], [[False, False]]) == 0.0
+
+
+def test_cons_at_k_refuses_shapes_that_disagree() -> None:
+    with pytest.raises(ValueError, match="extracted_PK: expected the shape of correct_PK"):
+        cons_at_k([["5"]], [[True, True]])
+
+
+def test_reflection_rate_of_the_r1_list_needs_whole_words() -> None:
+    texts = ["Wait, that is off.", "the butter of the attribute", "let me CHECK", "terror", ""]
+    assert reflection_rate(texts, R1_REFLECTION) == pytest.approx(2 / 5)
+
+
+def test_reflection_rate_of_the_drgrpo_list_finds_parts_of_words() -> None:
+    texts = ["after rechecking", "Let me Re-Evaluate it", "wait, try again", "I check it"]
+    assert reflection_rate(texts, DRGRPO_REFLECTION) == 0.5
+
+
+def test_reflection_rate_of_no_texts_is_zero() -> None:
+    assert reflection_rate([]) == 0.0
+
+
+def test_lengths_are_split_by_correctness() -> None:
+    lengths = lengths_by_correctness([10, 20, 60], [True, True, False])
+    assert (lengths.mean, lengths.correct, lengths.wrong) == (30.0, 15.0, 60.0)
+
+
+def test_lengths_of_an_empty_part_are_none() -> None:
+    lengths = lengths_by_correctness([10], [True])
+    assert (lengths.mean, lengths.correct, lengths.wrong) == (10.0, 10.0, None)
+    assert lengths_by_correctness([], []).mean is None
+
+
+def test_lengths_refuse_flags_of_another_number() -> None:
+    with pytest.raises(ValueError, match="correct_S: expected 2 values"):
+        lengths_by_correctness([1, 2], [True])
+
+
+def test_zero_spread_share_counts_groups_of_equal_rewards() -> None:
+    assert zero_spread_share([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.2, 0.2]]) == 0.75

@@ -1,0 +1,310 @@
+"""The cases of format, extraction and comparison that rule-based rewards are attacked with."""
+
+import json
+import math
+import random
+import string
+from fractions import Fraction
+
+import pytest
+
+from trainer.rewards import (
+    accuracy_reward,
+    answer_key,
+    answers_match,
+    extract_answer,
+    extract_boxed,
+    format_reward,
+    score,
+)
+from trainer.tasks import Problem
+from trainer.templates import template_by_name
+
+R1 = template_by_name("r1")
+OPENED = template_by_name("r1-drgrpo")
+QWEN = template_by_name("qwen-math")
+NONE = template_by_name("none")
+
+GOOD = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "formatted", "answer"),
+    [
+        pytest.param(GOOD, 1.0, "5", id="as-asked"),
+        pytest.param("<think>a</think><answer>5</answer>", 1.0, "5", id="nothing-between"),
+        pytest.param("<think>a</think>\n\n<answer>\n5\n</answer>\n", 1.0, "5", id="newlines"),
+        pytest.param(GOOD + "<|im_end|>", 1.0, "5", id="end-token"),
+        pytest.param(GOOD + "</s>\n<|endoftext|> ", 1.0, "5", id="end-tokens"),
+        pytest.param("<think> </think><answer>5</answer>", 0.0, "5", id="blank-thought"),
+        pytest.param("<think></think><answer>5</answer>", 0.0, "5", id="empty-thought"),
+        pytest.param("<think>\u200b</think><answer>5</answer>", 0.0, "5", id="invisible-thought"),
+        pytest.param("<think>a</think><answer> </answer>", 0.0, None, id="blank-answer"),
+        pytest.param("<think><think>a</think></think><answer>5</answer>", 0.0, None, id="nested"),
+        pytest.param(
+            "<think>a<answer>4</answer></think><answer>5</answer>",
+            0.0,
+            None,
+            id="answer-in-thought",
+        ),
+        pytest.param(GOOD + "<answer>6</answer>", 0.0, None, id="two-answers"),
+        pytest.param("<think>a</think></think><answer>5</answer>", 0.0, None, id="closed-twice"),
+        pytest.param(GOOD + "\nI am sure.", 0.0, "5", id="text-after"),
+        pytest.param("Well, " + GOOD, 0.0, "5", id="text-before"),
+        pytest.param("<think>a</think> so <answer>5</answer>", 0.0, "5", id="text-between"),
+        pytest.param("<answer>5</answer><think>a</think>", 0.0, None, id="wrong-order"),
+        pytest.param("a</think> <answer>5</answer>", 0.0, None, id="thought-not-opened"),
+        pytest.param("<think>a <answer>5</answer>", 0.0, None, id="thought-not-closed"),
+        pytest.param("<think>so \\boxed{5}", 0.0, None, id="cut-off-in-thought"),
+        pytest.param("<Think>a</Think><Answer>5</Answer>", 0.0, None, id="other-case"),
+        pytest.param("＜think＞a＜/think＞<answer>5</answer>", 0.0, None, id="full-width"),
+        pytest.param("<th\u200bink>a</think><answer>5</answer>", 0.0, None, id="zero-width"),
+        pytest.param(
+            "&lt;think&gt;a&lt;/think&gt;<answer>5</answer>", 0.0, None, id="html-escaped"
+        ),
+        pytest.param(GOOD + "\nUser: 1 + 1? <answer>2", 0.0, None, id="next-turn"),
+        pytest.param("<think>\x00</think><answer>5</answer>", 0.0, "5", id="nul"),
+        pytest.param("<think>\ud800</think><answer>5</answer>", 0.0, "5", id="surrogate"),
+        pytest.param("", 0.0, None, id="empty"),
+    ],
+)
+def test_answer_tags_decide_format_and_answer(
+    completion: str, formatted: float, answer: str | None
+) -> None:
+    assert format_reward(completion, R1) == formatted
+    assert extract_answer(completion, R1) == answer
+
+
+def test_thought_opened_by_the_prompt_is_not_opened_again() -> None:
+    body = "2 + 3 = 5 </think> <answer>5</answer>"
+    assert (format_reward(body, OPENED), extract_answer(body, OPENED)) == (1.0, "5")
+    assert (format_reward("<think>" + body, OPENED), format_reward(body, R1)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "formatted", "answer"),
+    [
+        ("so \\boxed{5}", 1.0, "5"),
+        ("<think>a</think> so \\boxed{5}", 1.0, "5"),
+        ("<think> </think> so \\boxed{5}", 0.0, "5"),
+        ("hm <think>a</think> \\boxed{5}", 0.0, "5"),
+        ("<think>\\boxed{5}</think> I do not know", 0.0, None),
+        ("<think>so \\boxed{5}", 0.0, None),
+        ("so 5", 0.0, None),
+        ("\\boxed{5}<|im_end|>\n<|im_start|>user\n2?<|im_end|> \\boxed{6}", 1.0, "5"),
+        ("\\boxed{5<|im_end|>}", 0.0, None),
+        ("\\boxed{5<s>}", 1.0, "5"),
+        ("\\boxed{<s>5}", 1.0, "<s>5"),
+    ],
+)
+def test_boxes_decide_format_and_answer(
+    completion: str, formatted: float, answer: str | None
+) -> None:
+    assert format_reward(completion, QWEN) == formatted
+    assert extract_answer(completion, QWEN) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\\boxed{3} or \\boxed{5}", "5"),
+        ("\\boxed{5} or \\boxed{3}", "3"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{ \\boxed{\\boxed{5}} }", "5"),
+        ("\\boxed{\\boxed{5} + 1}", "\\boxed{5} + 1"),
+        ("\\boxed{1 + \\boxed{5}}", "1 + \\boxed{5}"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed {5}", "5"),
+        ("line \\\\\\boxed{5}", "5"),
+        ("} \\boxed{5} {", "5"),
+        ("\\boxed{3} then \\boxed{5", "3"),
+        ("\\boxed{3} then \\boxed{}", None),
+        ("\\boxed{}", None),
+        ("\\boxed{5", None),
+        ("\\boxed 5", None),
+        ("\\fbox{5}", None),
+        ("\\\\boxed{5}", None),
+        ("\\boxed{5\\}", None),
+        ("\\boxedtext{5}", None),
+        ("<think>\\boxed{3}</think>\\boxed{5}", "5"),
+        ("<think>\\boxed{3}</think>", None),
+        ("<think>\\boxed{3}", None),
+        ("a</think> \\boxed{5} <think> \\boxed{6}", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed_takes_the_last_complete_box_after_the_thought(
+    text: str, content: str | None
+) -> None:
+    assert extract_boxed(text) == content
+
+
+def test_tags_and_boxes_of_the_question_have_no_effect() -> None:
+    problem = Problem(problem_id="p", question="<answer>7</answer> \\boxed{7}", answer="7")
+    for template in (R1, NONE):
+        (reward,) = score(["no idea"], [problem], template, truncated=[False])
+        assert (reward.total, reward.extracted, reward.correct) == (0.0, None, False)
+
+
+def test_box_inside_the_answer_tags_is_unwrapped() -> None:
+    assert extract_answer("<think>a</think><answer>It is $\\boxed{5}$.</answer>", R1) == "5"
+    assert extract_answer("<think>a</think><answer>\\boxed{5</answer>", R1) == "\\boxed{5"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5", "5.0"),
+        ("5", "+5"),
+        ("25", "025"),
+        ("142.0", "142"),
+        ("1/2", "0.5"),
+        ("\\frac{14}{3}", "\\dfrac{28}{6}"),
+        ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+        ("\\frac12", "1/2"),
+        ("1000000", "1,000,000"),
+        ("10,\\!000", "10{,}000"),
+        ("70000", "\\$70,000"),
+        ("70000", "$70000"),
+        ("5", "$5$"),
+        ("5", "\\(5\\)"),
+        ("5", "5."),
+        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("x^2 + 1", "x^2+1"),
+        ("5", "\uff15"),
+        ("-5", "\u22125"),
+        ("5", "5\u202e\u200b"),
+        ("1/2", "\u00bd"),
+        ("x^{2}", "x\u00b2"),
+        ("5", " " * 100_000 + "5"),
+        ("7" * 100_000, "7" * 100_000),
+    ],
+)
+def test_equal_answers_match_both_ways(gold: str, answer: str) -> None:
+    assert answers_match(gold, answer)
+    assert answers_match(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5", "4=5"),
+        ("5", "5 \\text{ or } 6"),
+        ("5", "1,2,3,4,5,6,7"),
+        ("5", "-5"),
+        ("0.0000001", "0.0000002"),
+        ("1/3", "0.3333"),
+        ("2", "2.0000001"),
+        ("0.5", "50"),
+        ("101_2", "101"),
+        ("10_3", "10_4"),
+        ("52", "5\u00b2"),
+        ("11/2", "1\u00bd"),
+        ("(1,2)", "\\{1,2\\}"),
+        ("(1,2)", "[1,2]"),
+        ("x^2", "X^2"),
+        ("x>5", "x<5"),
+        ("x", "\u0445"),
+        ("5", "5\x00"),
+        ("5", "\ud8005"),
+        ("0", "1/0"),
+        ("5", ""),
+        ("2^{-98}", "2^{-99}"),
+        ("5", "(lambda: 5)()"),
+        ("5", "nan"),
+        ("5", "1e400"),
+        ("7" * 100_000, "7" * 99_999 + "8"),
+    ],
+)
+def test_different_answers_do_not_match(gold: str, answer: str) -> None:
+    assert not answers_match(gold, answer)
+    assert not answers_match(answer, gold)
+
+
+def test_answer_key_of_a_decimal_is_its_exact_value() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        whole, digits = generator.randrange(10**9), generator.randrange(1, 12)
+        value = Fraction(generator.choice((-1, 1)) * whole, 10**digits)
+        text = f"{'-' if value < 0 else ''}{whole // 10**digits:,}.{whole % 10**digits:0{digits}d}"
+        assert answer_key(text) == value
+
+
+@pytest.mark.parametrize(
+    "bait",
+    [
+        "{" * 100_000,
+        "\\boxed{" * 20_000 + "}" * 20_000,
+        "\\boxed{ " * 20_000 + "6" + "} " * 20_000 + "x",
+        "\\boxed" + " " * 100_000,
+        "</s>" * 50_000 + "x",
+        " " * 100_000 + "x" + " " * 100_000,
+        "<think>" * 30_000,
+        "</think>" * 30_000 + "<answer>" * 30_000,
+        "\\frac" * 30_000,
+        "1," * 50_000,
+        "(" * 100_000,
+        "9**9**9**9",
+        "99999999!",
+        "\ufdfa" * 50_000,
+        "\u0301" * 100_000,
+    ],
+    ids=lambda bait: bait[:12].strip() or "spaces",
+)
+def test_attacks_on_resources_earn_nothing(bait: str) -> None:
+    problem = Problem(problem_id="p", question="?", answer="5")
+    inside_tags = f"<think>a</think><answer>{bait}</answer>"
+    for template in (R1, OPENED, QWEN, NONE):
+        for completion in (bait, inside_tags, f"\\boxed{{{bait}}}"):
+            (reward,) = score([completion], [problem], template, truncated=[False])
+            assert reward.accuracy == 0.0
+    assert not answers_match("5", bait)
+
+
+def test_random_text_always_gets_a_finite_reward_that_json_holds() -> None:
+    generator = random.Random(1)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "5", " "]
+    pieces += ["\x00", "\ud83d", "\u202e", "$", ",", "/", "<|im_end|>", *string.punctuation]
+    problem = Problem(problem_id="p", question="?", answer="5")
+    for _ in range(500):
+        completion = "".join(generator.choices(pieces, k=generator.randrange(30)))
+        for template in (R1, OPENED, QWEN, NONE):
+            (reward,) = score([completion], [problem], template, truncated=[False])
+            assert math.isfinite(reward.total)
+            assert reward.accuracy in (0.0, 1.0) and reward.format in (0.0, 1.0)
+            assert json.loads(json.dumps(reward.extracted)) == reward.extracted
+
+
+def test_score_adds_the_weighted_parts_in_order() -> None:
+    problems = [Problem(problem_id=f"p{n}", question="?", answer=str(n)) for n in (5, 6)]
+    right, wrong = score(
+        [GOOD, GOOD], problems, R1, accuracy_weight=2.0, format_weight=0.25, truncated=[False] * 2
+    )
+    assert (right.total, right.accuracy, right.format, right.correct) == (2.25, 1.0, 1.0, True)
+    assert (wrong.total, wrong.accuracy, wrong.format, wrong.correct) == (0.25, 0.0, 1.0, False)
+    assert right.extracted == wrong.extracted == "5"
+
+
+def test_truncated_completion_gets_no_accuracy() -> None:
+    problem = Problem(problem_id="p", question="?", answer="5")
+    (reward,) = score([GOOD], [problem], R1, truncated=[True])
+    assert (reward.accuracy, reward.correct, reward.extracted) == (0.0, False, None)
+
+
+def test_accuracy_reward_agrees_with_score() -> None:
+    assert accuracy_reward("5", GOOD, R1) == 1.0
+    assert accuracy_reward("6", GOOD, R1) == 0.0
+    assert accuracy_reward("6", "6", R1) == 0.0
+
+
+def test_score_refuses_sequences_of_different_lengths() -> None:
+    problem = Problem(problem_id="p", question="?", answer="5")
+    with pytest.raises(ValueError, match=r"expected one per completion \(2\), got 1 and 2"):
+        score([GOOD, GOOD], [problem], R1, truncated=[False, False])
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_score_refuses_a_weight_that_is_not_finite(weight: float) -> None:
+    with pytest.raises(ValueError, match="format_weight: expected a finite number"):
+        score([], [], R1, format_weight=weight, truncated=[])
