@@ -50,18 +50,20 @@ def implementation_of(name: str, batch: GrpoBatch) -> Callable[[Tensor], Tensor]
         pytest.skip("triton: its interpreter is for tests, not for timing")
     if name == "cpp" and DEVICE == "cuda":
         pytest.skip("cpp: runs on the CPU")
-    return lambda leaf: kernels.policy_loss(
-        leaf,
-        batch.token_ids_N,
-        batch.old_logprobs_N,
-        spec=SPEC,
-        rewards=batch.rewards_S,
-        group_size=batch.group_size,
-        cu_seqlens=batch.cu_seqlens,
-        ref_logprobs=batch.ref_logprobs_N,
-        inplace_backward=True,
-        backend=name,
-    ).loss
+    return lambda leaf: (
+        kernels.policy_loss(
+            leaf,
+            batch.token_ids_N,
+            batch.old_logprobs_N,
+            spec=SPEC,
+            rewards=batch.rewards_S,
+            group_size=batch.group_size,
+            cu_seqlens=batch.cu_seqlens,
+            ref_logprobs=batch.ref_logprobs_N,
+            inplace_backward=True,
+            backend=name,
+        ).loss
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

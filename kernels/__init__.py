@@ -1,6 +1,8 @@
 """Fused policy-gradient head: from logits to loss, metrics and gradient in one pass. `ops` is the
 file to read."""
 
+from importlib.metadata import PackageNotFoundError, distribution
+
 from kernels.backends import available_backends
 from kernels.ops import (
     PolicyLoss,
@@ -14,8 +16,7 @@ from kernels.ops import (
 from kernels.sharding import VocabShard
 from kernels.spec import LossSpec
 
-# transformers probes a module of this name and takes versions from 0.9 up for Hugging Face's
-# `kernels`.
+# transformers probes a module of this name and takes versions from 0.9 up for Hugging Face's.
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,3 +31,17 @@ __all__ = [
     "policy_loss",
     "token_logprobs",
 ]
+
+
+def _refuse_hugging_face_kernels() -> None:
+    try:
+        other = distribution("kernels")
+    except PackageNotFoundError:
+        return
+    raise ImportError(
+        f"Hugging Face's package 'kernels' {other.version} is installed beside onepass-rl, whose "
+        "module has the same name, so neither can be imported reliably: run `pip uninstall kernels`"
+    )
+
+
+_refuse_hugging_face_kernels()
