@@ -34,7 +34,7 @@ MAX_PROBLEMS = 8
 MAX_STEPS = 10
 MAX_SAMPLES = 4
 MAX_COMPLETION_CHARS = 2000
-MAX_READ_BYTES = 4_000_000
+MAX_READ_BYTES = 2_000_000
 """Of one rollouts file; held-out problems come in the same order, so the first ones are enough."""
 
 _Record = Mapping[str, Any]
@@ -71,9 +71,7 @@ def _html(run_dir: Path, records: Sequence[_Record]) -> str:
             chart_data.append(_chart_data(chart, curves))
     return page(
         title=f"Run {run_dir.resolve().name}",
-        subtitle=f"{last_step:g} steps so far, {len(records)} records"
-        if records
-        else "no step yet",
+        subtitle=f"after step {last_step}" if records else "no step yet",
         tiles=_tiles(records),
         charts=cards,
         config=_config(run_dir),

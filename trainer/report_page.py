@@ -195,10 +195,14 @@ function short(value, unit) {
   return Number(value.toPrecision(4)).toString();
 }
 
+function nearest(points, step) {
+  const distance = point => Math.abs(point[0] - step);
+  return points.reduce((best, point) => distance(point) < distance(best) ? point : best);
+}
 function addCursor(figure) {
   const chart = data.charts[figure.dataset.chart];
   const plot = figure.querySelector(".plot"), svg = plot.querySelector("svg");
-  const steps = chart.curves.flatMap(curve => curve.points.map(point => point[0]));
+  const points = chart.curves.flatMap(curve => curve.points);
   const last = Math.max(data.last_step, 1);
   const tip = make("div", undefined, "tip");
   const cursor = document.createElementNS("http://www.w3.org/2000/svg", "line");
@@ -207,12 +211,12 @@ function addCursor(figure) {
   plot.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), scale = WIDTH / box.width;
     const wanted = ((event.clientX - box.left) * scale - LEFT) / INNER * last;
-    const closer = (a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a;
-    const step = steps.reduce(closer);
+    const step = nearest(points, wanted)[0];
     tip.replaceChildren(make("b", "step " + step));
-    for (const curve of chart.curves) {
-      const point = curve.points.find(candidate => candidate[0] === step);
-      if (point) tip.append(make("div", curve.label + ": " + short(point[1], chart.unit)));
+    for (const curve of chart.curves.filter(candidate => candidate.points.length)) {
+      const point = nearest(curve.points, step);
+      const at = point[0] === step ? "" : " (step " + point[0] + ")";
+      tip.append(make("div", curve.label + at + ": " + short(point[1], chart.unit)));
     }
     const x = LEFT + INNER * step / last;
     const ends = {x1: x, x2: x, y1: TOP, y2: BASE};
