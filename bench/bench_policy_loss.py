@@ -91,7 +91,6 @@ def bench_policy_loss(
     error = relative_error(step(leaf), truth)
     (leaf,), _ = restore()
     peak = peak_extra_bytes(lambda: step(leaf))
-    del leaf
     benchmark.extra_info.update(
         case=f"policy_loss {str(dtype).removeprefix('torch.')} {list(shape)}",
         implementation=implementation,
