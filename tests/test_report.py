@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainer import report
-from trainer.report import write_report
+from trainer.report import write_page, write_report
 from trainer.report_charts import (
     MAIN_CHARTS,
     MAX_POINTS,
@@ -140,6 +140,12 @@ def test_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
     first = write_report(tmp_path).read_text()
     assert write_report(tmp_path).read_text() == first
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_page_alone_is_the_page_of_the_report(tmp_path: Path) -> None:
+    page = write_page(make_run(tmp_path)).read_text()
+    assert not (tmp_path / "curves.png").exists()
+    assert write_report(tmp_path).read_text() == page
 
 
 def test_report_of_a_long_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

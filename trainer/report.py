@@ -49,14 +49,23 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ValueError: the directory holds no metrics, or a damaged line.
     """
+    path = write_page(run_dir)
+    temporary = run_dir / f".curves.png.{os.getpid()}"
+    write_curves_png(temporary, read_metrics(run_dir))
+    os.replace(temporary, run_dir / "curves.png")
+    return path
+
+
+def write_page(run_dir: Path) -> Path:
+    """Builds report.html only, which takes a tenth of the time: for use while the run goes on.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
     if not (run_dir / METRICS_FILE).is_file():
         raise ValueError(f"run_dir: expected a run directory with {METRICS_FILE}, got {run_dir}")
-    records = read_metrics(run_dir)
-    temporary = run_dir / f".curves.png.{os.getpid()}"
-    write_curves_png(temporary, records)
-    os.replace(temporary, run_dir / "curves.png")
     path = run_dir / "report.html"
-    write_atomically(path, _html(run_dir, records))
+    write_atomically(path, _html(run_dir, read_metrics(run_dir)))
     return path
 
 

@@ -87,7 +87,8 @@ def _without_math_delimiters(text: str) -> str:
         long_enough = len(text) > len(opening) + len(closing)
         if long_enough and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
-            return text if opening in inner else inner.strip()
+            is_one_formula = opening not in inner.replace("\\$", "")
+            return inner.strip() if is_one_formula else text
     return text
 
 
