@@ -21,11 +21,11 @@ from kernels.reference import FusedLoss, TokenBatch
 from kernels.spec import LossSpec
 from kernels.triton_backend import programs
 
-# Columns a thread folds together before it rebases its running sums.
+# Loads a thread has in flight, and folds together before it rebases its running sums.
 DEPTH = 4
-# At 8 columns a thread, the widest load of 16-bit logits.
-LANES_PER_WARP = 256
-MAX_LANES = 2048
+LOAD_BYTES = 16
+WARP_SIZE = 32
+MAX_WARPS = 8
 ALIGNMENT = 16
 
 
@@ -100,14 +100,12 @@ def policy_loss(
         Loss, log-probs, entropy and metrics, float32.
     """
     terms = reference.token_terms(batch, spec)
-    on_policy = terms.old_logprobs_N is None
     advantages_N, sampler_logprobs_N = terms.advantages_N, None
-    if spec.sampler_correction != "none":
-        if on_policy:
-            sampler_logprobs_N = terms.sampler_logprobs_N
-        else:
-            weighted_N = advantages_N * reference.policy_weight(advantages_N, terms, spec)
-            advantages_N = torch.where(advantages_N == 0, 0.0, weighted_N)
+    if terms.sampler_weight_N is not None:
+        weighted_N = advantages_N * terms.sampler_weight_N
+        advantages_N = torch.where(advantages_N == 0, 0.0, weighted_N)
+    elif spec.sampler_correction != "none":
+        sampler_logprobs_N = terms.sampler_logprobs_N
     logprobs_N = logits_OIW.new_empty(len(advantages_N), dtype=torch.float32)
     entropy_N = torch.empty_like(logprobs_N)
     coef_logprob_N = torch.empty_like(advantages_N)
@@ -147,11 +145,13 @@ def _launch(kernel: Any, tensors_OIW: dict[str, Tensor | None], **arguments: Any
     strides = {}
     for name, tensor_OIW in tensors_OIW.items():
         for dim, axis in enumerate(("outer", "inner")):
+            strides[f"{name}_stride_{axis}"] = 0
             # The stride of a dimension of size 1 says nothing, and would only vary the alignment.
-            moves = tensor_OIW is not None and tensor_OIW.shape[dim] > 1
-            strides[f"{name}_stride_{axis}"] = tensor_OIW.stride(dim) if moves else 0
-    lanes = triton.next_power_of_2(triton.cdiv(width, DEPTH))
-    lanes = max(LANES_PER_WARP, min(MAX_LANES, lanes))
+            if tensor_OIW is not None and tensor_OIW.shape[dim] > 1:
+                strides[f"{name}_stride_{axis}"] = tensor_OIW.stride(dim)
+    lanes_per_warp = WARP_SIZE * LOAD_BYTES // first_OIW.element_size()
+    num_warps = triton.next_power_of_2(triton.cdiv(width, DEPTH * lanes_per_warp))
+    num_warps = min(num_warps, MAX_WARPS)
     with torch.cuda.device_of(first_OIW):
         kernel[(outer * inner,)](
             **{f"{name}_ptr": tensor_OIW for name, tensor_OIW in tensors_OIW.items()},
@@ -160,19 +160,23 @@ def _launch(kernel: Any, tensors_OIW: dict[str, Tensor | None], **arguments: Any
             width=width,
             inner=inner,
             ALIGNED=all(stride % ALIGNMENT == 0 for stride in strides.values()),
-            LANES=lanes,
+            LANES=lanes_per_warp * num_warps,
             DEPTH=DEPTH,
-            num_warps=lanes // LANES_PER_WARP,
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )
 
 
 def _scaling(inv_temperature: Tensor | float, softcap: float) -> dict[str, Any]:
     """Kernel arguments for the temperature, one for all rows or one a row, and the soft cap."""
-    per_row = isinstance(inv_temperature, Tensor)
+    per_row_N, number = None, 1.0
+    if isinstance(inv_temperature, Tensor):
+        per_row_N = inv_temperature.float().contiguous()
+    else:
+        number = float(inv_temperature)
     return {
-        "inv_temperatures_ptr": inv_temperature.float().contiguous() if per_row else None,
-        "inv_temperature": 1.0 if per_row else float(inv_temperature),
+        "inv_temperatures_ptr": per_row_N,
+        "inv_temperature": number,
         "softcap": float(softcap),
         "HAS_SOFTCAP": softcap > 0,
     }

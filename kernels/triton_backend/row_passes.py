@@ -92,6 +92,7 @@ def row_sums(
     DEPTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Maximum m of z, sum of exp(z - m) and sum of (z - m) exp(z - m)."""
+    tl.assume(width > 0)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     lane_max = tl.full([LANES], -float("inf"), tl.float32)
     lane_sum = tl.zeros([LANES], tl.float32)
@@ -153,11 +154,12 @@ def write_gradient(
     weight_logprob = (coef_logprob * common).to(tl.float32)
     weight_entropy = (coef_entropy * common).to(tl.float32)
     mean_shift = (log_sum - entropy).to(tl.float32)
+    tl.assume(width > 0)
     num_tiles = tl.cdiv(width, DEPTH * LANES)
     for done in range(0, num_tiles):
         columns = (num_tiles - 1 - done) * (DEPTH * LANES) + tl.arange(0, DEPTH * LANES)
         inside = columns < width
-        x = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
         z, slope = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
         shift = _bounded(z - row_max)
         gradient = _exp(shift)
