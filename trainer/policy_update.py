@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 import kernels
@@ -243,6 +244,10 @@ class PolicyUpdate:
             ).logprobs
             pieces = np.split(logprobs_N.cpu().numpy(), batch.cu_seqlens[1:-1].tolist())
             mine += zip(indices, pieces, strict=False)
+        # Without a backward to do it, the root's weights would stay whole, and be no longer the
+        # sharded ones that are saved and copied.
+        if isinstance(model, FSDPModule):
+            model.reshard()
         by_index = dict(gather_in_order(self.world, mine))
         return [by_index[index] for index in chosen]
 
