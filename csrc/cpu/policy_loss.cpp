@@ -149,9 +149,12 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
   const RowKernels& kernels = row_kernels();
   const auto forward = kernels.forward[static_cast<int>(logits.dtype)];
   const auto backward = kernels.backward[static_cast<int>(logits.dtype)];
-  // A float32 gradient row has room for the exponentials until they are scaled.
-  const bool keep = outputs.grad && logits.dtype == DType::kFloat32 && scale.softcap <= 0.0f &&
-                    spec.entropy_weight == 0.0;
+  // Taking exponentials twice costs more than keeping them, for which a float32 gradient row has room
+  // itself. The softcap's slope and the entropy's gradient need the logits once more in any case.
+  const bool keep = outputs.grad && scale.softcap <= 0.0f && spec.entropy_weight == 0.0;
+  const bool keep_in_grad = logits.dtype == DType::kFloat32;
+  const int64_t kept_columns = keep && !keep_in_grad ? blocks * kBlockColumns : 0;
+  const std::unique_ptr<float[]> kept(new float[used_threads * kept_columns]);
 
   for_each_row(logits, used_threads, [&](int slot, int64_t n, int64_t next) {
     const int64_t id = batch.token_ids[n];
@@ -163,7 +166,8 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
     }
     const Row row = row_of(logits, scale, n);
     const TargetLogit target = target_logit(read_column(logits, n, id), row, kernels);
-    const RowTrace trace = {keep ? static_cast<float*>(out) : nullptr, &bases[slot * blocks]};
+    float* room = keep_in_grad ? static_cast<float*>(out) : &kept[slot * kept_columns];
+    const RowTrace trace = {keep ? room : nullptr, &bases[slot * blocks]};
     const OnlineSoftmax<double> total = forward(row, trace);
     const double log_sum = std::log(total.sum);
     Token& token = tokens[n];

@@ -9,7 +9,7 @@
 namespace onepass {
 
 // Columns that share one maximum, and the granularity of partial sums.
-constexpr int64_t kBlockColumns = 512;
+constexpr int64_t kBlockColumns = 1024;
 
 inline int64_t num_blocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockColumns; }
 
@@ -24,7 +24,8 @@ struct Row {
 // What the forward loop leaves for the backward loop.
 struct RowTrace {
   // exp(z - base of its block) of every column; null: not kept, the backward loop takes it again.
-  // May be the logits or the gradient themselves where these are float32.
+  // For float32 [width], and may be the logits or the gradient themselves; for 16-bit logits room for
+  // num_blocks * kBlockColumns, in an order of the kernels' own. Never with softcap or coef_entropy.
   float* exponentials;
   // [num_blocks]: the maximum that each block's exponents were taken against.
   float* bases;

@@ -2,8 +2,8 @@
 // table), ONEPASS_LEVEL_NAME and ONEPASS_VECTOR_BYTES, and includes row_kernels.h before it changes
 // the target: inline functions shared with other files must keep the baseline.
 //
-// Order of every sum: lanes within kUnroll accumulators over a block of columns, lanes added in
-// double, blocks in double from first to last. It depends on the width alone.
+// Order of every sum: columns within kSums accumulators over a block, their lanes in double, blocks
+// in double from first to last. It depends on the width alone.
 #pragma once
 
 #include "row_kernels.h"
@@ -13,95 +13,109 @@ namespace onepass {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr int64_t kStep = int64_t{kUnroll} * kLanes;
+constexpr int kSums = 2;
+constexpr int64_t kStep = int64_t{kUnroll} * kColumns;
 constexpr int kCacheLine = 64;
 
-// x -> z, with the slope dz/dx where it is asked for.
-template <bool kSoftcap>
+enum class Scaling { kNone, kTemperature, kSoftcap };
+
+// x -> z, and the slope dz/dx.
+template <Scaling kScaling>
 struct Transform {
   Floats inv_temperature, softcap, inv_softcap;
 
   explicit Transform(const Row& row)
       : inv_temperature(splat(row.inv_temperature)),
         softcap(splat(row.softcap)),
-        inv_softcap(splat(kSoftcap ? 1.0f / row.softcap : 0.0f)) {}
+        inv_softcap(splat(kScaling == Scaling::kSoftcap ? 1.0f / row.softcap : 0.0f)) {}
 
   Floats operator()(Floats x) const {
-    if constexpr (kSoftcap) x = softcap * hyperbolic_tangent(x * inv_softcap).tanh;
+    if constexpr (kScaling == Scaling::kNone) return x;
+    if constexpr (kScaling == Scaling::kSoftcap) {
+      x = softcap * hyperbolic_tangent(x * inv_softcap).tanh;
+    }
     return x * inv_temperature;
   }
   Floats slope(Floats x) const {
-    if constexpr (kSoftcap) {
+    if constexpr (kScaling == Scaling::kSoftcap) {
       return inv_temperature * hyperbolic_tangent(x * inv_softcap).slope;
     }
     return inv_temperature;
   }
 };
 
-template <class Element, bool kSoftcap>
-float block_max(const Element* x, int64_t count, const Transform<kSoftcap>& transform) {
-  const Floats lowest = splat(-__builtin_inff());
-  Floats max[kUnroll] = {lowest, lowest, lowest, lowest};
+template <class Element, Scaling kScaling>
+float block_max(const Element* x, int64_t count, const Transform<kScaling>& transform) {
+  Floats max[kUnroll];
+  for (Floats& columns : max) columns = splat(-__builtin_inff());
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
-    for (int k = 0; k < kUnroll; ++k) max[k] = larger(transform(load(x + j + k * kLanes)), max[k]);
+    for (int k = 0; k < kUnroll; ++k) {
+      max[k] = larger(transform(load(x + j + k * kColumns)), max[k]);
+    }
   }
-  for (; j + kLanes <= count; j += kLanes) max[0] = larger(transform(load(x + j)), max[0]);
+  for (; j + kColumns <= count; j += kColumns) max[0] = larger(transform(load(x + j)), max[0]);
   if (j < count) {
     const int rest = static_cast<int>(count - j);
-    const Floats z = keep_first(transform(load_first(x + j, rest)), rest, -__builtin_inff());
+    const Floats z = transform(load_first(x + j, rest)) + absent_after<Element>(rest);
     max[0] = larger(z, max[0]);
   }
-  return largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
+  for (int k = 1; k < kUnroll; ++k) max[0] = larger(max[k], max[0]);
+  return largest_column(max[0]);
 }
 
 struct BlockSum {
-  Floats sum[kUnroll] = {};
-  Floats weighted[kUnroll] = {};
+  Floats sum[kSums];
+  Floats weighted[kSums];
+
+  BlockSum() {
+    for (int k = 0; k < kSums; ++k) sum[k] = weighted[k] = splat(0.0f);
+  }
 
   Floats add(int k, Floats exponent) {
     const Floats bounded = larger(splat(kExpIsZero), exponent);
     const Floats e = exponential(bounded);
-    sum[k] += e;
+    sum[k] = sum[k] + e;
     weighted[k] = fused(bounded, e, weighted[k]);
     return e;
   }
 };
 
-template <class Element, bool kSoftcap, bool kKeep>
-void sum_block(const Element* x, int64_t count, const Transform<kSoftcap>& transform, float* kept,
+template <class Element, Scaling kScaling, bool kKeep>
+void sum_block(const Element* x, int64_t count, const Transform<kScaling>& transform, float* kept,
                OnlineSoftmax<double>& total) {
   const Floats base = splat(total.base());
   BlockSum block;
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
     for (int k = 0; k < kUnroll; ++k) {
-      const int64_t at = j + k * kLanes;
-      const Floats e = block.add(k, transform(load(x + at)) - base);
+      const int64_t at = j + k * kColumns;
+      const Floats e = block.add(k % kSums, transform(load(x + at)) - base);
       if constexpr (kKeep) store(e, kept + at);
     }
   }
-  for (; j + kLanes <= count; j += kLanes) {
+  for (; j + kColumns <= count; j += kColumns) {
     const Floats e = block.add(0, transform(load(x + j)) - base);
     if constexpr (kKeep) store(e, kept + j);
   }
   if (j < count) {
     const int rest = static_cast<int>(count - j);
-    const Floats z = keep_first(transform(load_first(x + j, rest)), rest, -__builtin_inff());
+    const Floats z = transform(load_first(x + j, rest)) + absent_after<Element>(rest);
     const Floats e = block.add(0, z - base);
-    if constexpr (kKeep) store_first(e, kept + j, rest);
+    if constexpr (kKeep && sizeof(Element) == sizeof(float)) store_first(e, kept + j, rest);
+    if constexpr (kKeep && sizeof(Element) != sizeof(float)) store(e, kept + j);
   }
   double sum = 0.0, weighted = 0.0;
-  for (int k = 0; k < kUnroll; ++k) {
-    sum += sum_lanes(block.sum[k]);
-    weighted += sum_lanes(block.weighted[k]);
+  for (int k = 0; k < kSums; ++k) {
+    sum += sum_columns(block.sum[k]);
+    weighted += sum_columns(block.weighted[k]);
   }
   total.add(sum, weighted);
 }
 
-template <class Element, bool kSoftcap, bool kKeep>
+template <class Element, Scaling kScaling, bool kKeep>
 OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
-  const Transform<kSoftcap> transform(row);
+  const Transform<kScaling> transform(row);
   const Element* x = static_cast<const Element*>(row.logits);
   OnlineSoftmax<double> total;
   for (int64_t start = 0; start < row.width; start += kBlockColumns) {
@@ -110,16 +124,32 @@ OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
     total.raise_max(block_max(x + start, count, transform));
     if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     float* kept = kKeep ? trace.exponentials + start : nullptr;
-    sum_block<Element, kSoftcap, kKeep>(x + start, count, transform, kept, total);
+    sum_block<Element, kScaling, kKeep>(x + start, count, transform, kept, total);
   }
   return total;
 }
 
+template <class Element, Scaling kScaling>
+OnlineSoftmax<double> forward_scaled(const Row& row, const RowTrace& trace) {
+  return trace.exponentials ? forward_as<Element, kScaling, true>(row, trace)
+                            : forward_as<Element, kScaling, false>(row, trace);
+}
+
+Scaling scaling_of(const Row& row) {
+  if (row.softcap > 0.0f) return Scaling::kSoftcap;
+  return row.inv_temperature == 1.0f ? Scaling::kNone : Scaling::kTemperature;
+}
+
 template <class Element>
 OnlineSoftmax<double> forward(const Row& row, const RowTrace& trace) {
-  if (row.softcap > 0.0f) return forward_as<Element, true, false>(row, trace);
-  if (trace.exponentials) return forward_as<Element, false, true>(row, trace);
-  return forward_as<Element, false, false>(row, trace);
+  switch (scaling_of(row)) {
+    case Scaling::kSoftcap:
+      return forward_as<Element, Scaling::kSoftcap, false>(row, trace);
+    case Scaling::kTemperature:
+      return forward_scaled<Element, Scaling::kTemperature>(row, trace);
+    default:
+      return forward_scaled<Element, Scaling::kNone>(row, trace);
+  }
 }
 
 // out = -(scale + entropy_scale (z - base + offset)) exp(z - base) dz/dx, over one block.
@@ -130,12 +160,12 @@ struct BlockGrad {
   float offset;
 };
 
-template <class Element, bool kSoftcap, bool kEntropy, bool kKept>
-struct GradColumns {
-  Transform<kSoftcap> transform;
+template <Scaling kScaling, bool kEntropy>
+struct GradOfLogits {
+  Transform<kScaling> transform;
   Floats base, scale, entropy_scale, offset;
 
-  GradColumns(const Transform<kSoftcap>& transform, const BlockGrad& block)
+  GradOfLogits(const Transform<kScaling>& transform, const BlockGrad& block)
       : transform(transform),
         base(splat(block.base)),
         scale(splat(-block.scale)),
@@ -143,28 +173,35 @@ struct GradColumns {
         offset(splat(block.offset)) {}
 
   Floats operator()(Floats x) const {
-    if constexpr (kKept) return x * scale;
     const Floats exponent = larger(splat(kExpIsZero), transform(x) - base);
     Floats factor = scale;
     if constexpr (kEntropy) factor = fused(entropy_scale, exponent + offset, scale);
-    if constexpr (kSoftcap) factor = factor * transform.slope(x);
+    if constexpr (kScaling == Scaling::kSoftcap) factor = factor * transform.slope(x);
     return exponential(exponent) * factor;
   }
 };
 
+struct Scaled {
+  Floats factor;
+  Floats operator()(Floats x) const { return x * factor; }
+};
+
+// out = columns(x), for logits x or, with Source float and a 16-bit Element, for kept exponentials,
+// which lie in whole groups in the order of the element type's lanes. Loads come before stores, which
+// may overwrite them.
 template <class Columns, class Source, class Element>
-void grad_block(const Columns& columns, const Source* x, Element* out, int64_t count) {
+void map_block(const Columns& columns, const Source* x, Element* out, int64_t count) {
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
-    for (int k = 0; k < kUnroll; ++k) {
-      const int64_t at = j + k * kLanes;
-      store(columns(load(x + at)), out + at);
-    }
+    Floats values[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) values[k] = columns(load(x + j + k * kColumns));
+    for (int k = 0; k < kUnroll; ++k) store(values[k], out + j + k * kColumns);
   }
-  for (; j + kLanes <= count; j += kLanes) store(columns(load(x + j)), out + j);
+  for (; j + kColumns <= count; j += kColumns) store(columns(load(x + j)), out + j);
   if (j < count) {
     const int rest = static_cast<int>(count - j);
-    store_first(columns(load_first(x + j, rest)), out + j, rest);
+    const Floats last = sizeof(Source) == sizeof(Element) ? load_first(x + j, rest) : load(x + j);
+    store_first(columns(last), out + j, rest);
   }
 }
 
@@ -176,60 +213,60 @@ void prefetch_block(const void* row, int64_t start, int64_t count) {
   }
 }
 
-template <class Element, bool kSoftcap, bool kEntropy, bool kKept>
+template <class Element, Scaling kScaling, bool kEntropy>
 void backward_as(const Row& row, const RowTrace& trace, const RowGrad& grad) {
-  using Columns = GradColumns<Element, kSoftcap, kEntropy, kKept>;
-  const Transform<kSoftcap> transform(row);
+  const Transform<kScaling> transform(row);
   const Element* x = static_cast<const Element*>(row.logits);
   Element* out = static_cast<Element*>(grad.out);
   // The softcap's slope carries the temperature.
-  const double factor = kSoftcap ? 1.0 : row.inv_temperature;
-  // Last block first: it is what the forward loop left nearest in the cache.
-  for (int64_t index = num_blocks(row.width) - 1; index >= 0; --index) {
-    const int64_t start = index * kBlockColumns;
+  const double factor = kScaling == Scaling::kSoftcap ? 1.0 : row.inv_temperature;
+  for (int64_t start = 0; start < row.width; start += kBlockColumns) {
     const int64_t left = row.width - start;
     const int64_t count = left < kBlockColumns ? left : kBlockColumns;
     if (grad.next_logits) prefetch_block<Element>(grad.next_logits, start, count);
-    const double base = trace.bases ? trace.bases[index] : grad.row_max;
+    const double base = trace.bases ? trace.bases[start / kBlockColumns] : grad.row_max;
     const double log_scale = base - grad.row_max - grad.log_sum;
     const double scale = factor * exp(log_scale);
-    const Columns columns(transform, {static_cast<float>(base),
-                                      static_cast<float>(scale * grad.coef_logprob),
-                                      static_cast<float>(scale * grad.coef_entropy),
-                                      static_cast<float>(log_scale + grad.entropy)});
-    if constexpr (kKept) {
-      grad_block(columns, trace.exponentials + start, out + start, count);
-    } else {
-      grad_block(columns, x + start, out + start, count);
+    const float logprob_scale = static_cast<float>(scale * grad.coef_logprob);
+    if (trace.exponentials) {
+      map_block(Scaled{splat(-logprob_scale)}, trace.exponentials + start, out + start, count);
+      continue;
     }
+    const GradOfLogits<kScaling, kEntropy> columns(
+        transform, {static_cast<float>(base), logprob_scale,
+                    static_cast<float>(scale * grad.coef_entropy),
+                    static_cast<float>(log_scale + grad.entropy)});
+    map_block(columns, x + start, out + start, count);
   }
+}
+
+template <class Element, Scaling kScaling>
+void backward_scaled(const Row& row, const RowTrace& trace, const RowGrad& grad) {
+  return grad.coef_entropy != 0.0 ? backward_as<Element, kScaling, true>(row, trace, grad)
+                                  : backward_as<Element, kScaling, false>(row, trace, grad);
 }
 
 template <class Element>
 void backward(const Row& row, const RowTrace& trace, const RowGrad& grad) {
-  const bool entropy = grad.coef_entropy != 0.0;
-  if (row.softcap > 0.0f) {
-    return entropy ? backward_as<Element, true, true, false>(row, trace, grad)
-                   : backward_as<Element, true, false, false>(row, trace, grad);
+  switch (scaling_of(row)) {
+    case Scaling::kSoftcap:
+      return backward_scaled<Element, Scaling::kSoftcap>(row, trace, grad);
+    case Scaling::kTemperature:
+      return backward_scaled<Element, Scaling::kTemperature>(row, trace, grad);
+    default:
+      return backward_scaled<Element, Scaling::kNone>(row, trace, grad);
   }
-  if (entropy) return backward_as<Element, false, true, false>(row, trace, grad);
-  return trace.exponentials ? backward_as<Element, false, false, true>(row, trace, grad)
-                            : backward_as<Element, false, false, false>(row, trace, grad);
 }
-
-struct Scaled {
-  Floats factor;
-  Floats operator()(Floats x) const { return x * factor; }
-};
 
 template <class Element>
 void scale(void* row, int64_t width, float factor) {
   Element* x = static_cast<Element*>(row);
-  grad_block(Scaled{splat(factor)}, x, x, width);
+  map_block(Scaled{splat(factor)}, x, x, width);
 }
 
 float effective_logit(float x, const Row& row) {
-  return row.softcap > 0.0f ? Transform<true>(row)(splat(x))[0] : Transform<false>(row)(splat(x))[0];
+  return row.softcap > 0.0f ? Transform<Scaling::kSoftcap>(row)(splat(x)).first[0]
+                            : x * row.inv_temperature;
 }
 
 }  // namespace

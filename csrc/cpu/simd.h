@@ -1,7 +1,7 @@
-// Vectors of float32 in the width of the level that is being compiled, with the loads, stores and
-// elementary functions of the row kernels. Included by row_kernels_impl.h only, which is compiled
-// with ONEPASS_LEVEL and ONEPASS_VECTOR_BYTES set and the target chosen by pragma; everything has
-// internal linkage, so that no code of a wide level can be linked into another.
+// Groups of float32 columns in the vector width of the level that is being compiled, with the loads,
+// stores and elementary functions of the row kernels. Included by row_kernels_impl.h only, with
+// ONEPASS_VECTOR_BYTES set and the target chosen by pragma; everything has internal linkage, so that
+// no code of a wide level can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -15,170 +15,227 @@
 
 #include "dtypes.h"
 
+#if ONEPASS_VECTOR_BYTES > 16 || defined(__aarch64__)
+#define ONEPASS_HAS_FMA 1
+#endif
+
 namespace onepass {
 namespace {
 
 constexpr int kLanes = ONEPASS_VECTOR_BYTES / 4;
+constexpr int kColumns = 2 * kLanes;
 
-using Floats = float __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
-using Words = uint32_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
-using Halves = uint16_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES / 2)));
+using Vector = float __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
+using Bits = uint32_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
 
-inline Floats splat(float value) { return value - Floats{}; }
-
-// The compiler is told not to contract, so that z is rounded before the maximum is subtracted.
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if ONEPASS_VECTOR_BYTES == 64
-  return _mm512_fmadd_ps(a, b, c);
-#elif ONEPASS_VECTOR_BYTES == 32
-  return _mm256_fmadd_ps(a, b, c);
-#elif defined(__aarch64__)
-  return vfmaq_f32(c, a, b);
-#else
-  return a * b + c;
-#endif
-}
+inline Vector broadcast(float value) { return value - Vector{}; }
 
 // The second argument where either is NaN.
-inline Floats larger(Floats a, Floats b) {
+inline Vector larger(Vector x, Vector y) {
 #if ONEPASS_VECTOR_BYTES == 64
-  return _mm512_max_ps(a, b);
+  return _mm512_max_ps(x, y);
 #elif ONEPASS_VECTOR_BYTES == 32
-  return _mm256_max_ps(a, b);
+  return _mm256_max_ps(x, y);
 #elif defined(__x86_64__)
-  return _mm_max_ps(a, b);
+  return _mm_max_ps(x, y);
 #else
-  return a > b ? a : b;
+  return x > y ? x : y;
 #endif
 }
 
-inline Floats as_floats(Words words) { return (Floats)words; }
-inline Words as_words(Floats floats) { return (Words)floats; }
-
-template <class Vector, class Element>
-inline Vector load_bits(const Element* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-inline Floats load(const float* from) { return load_bits<Floats>(from); }
-
-inline Floats load(const BFloat16* from) {
-  return as_floats(__builtin_convertvector(load_bits<Halves>(from), Words) << 16);
-}
-
-inline Floats load(const Float16* from) {
+// x y + z, rounded once where the level has it. The compiler is told not to contract by itself, so
+// that z is rounded before the maximum is subtracted.
+inline Vector fused(Vector x, Vector y, Vector z) {
 #if ONEPASS_VECTOR_BYTES == 64
-  return _mm512_cvtph_ps(load_bits<__m256i>(from));
+  return _mm512_fmadd_ps(x, y, z);
 #elif ONEPASS_VECTOR_BYTES == 32
-  return _mm256_cvtph_ps(load_bits<__m128i>(from));
+  return _mm256_fmadd_ps(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f32(z, x, y);
 #else
-  const Words half = __builtin_convertvector(load_bits<Halves>(from), Words);
-  const Words magnitude = (half & 0x7fffu) << 13;
-  const Words rebased = as_words(as_floats(magnitude) * splat(0x1p112f));
-  const Words bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : rebased;
-  return as_floats(bits | (half & 0x8000u) << 16);
+  return x * y + z;
 #endif
 }
 
-template <class Vector, class Element>
-inline void store_bits(Vector vector, Element* to) {
-  std::memcpy(to, &vector, sizeof vector);
+// kColumns columns; which lane holds which is the business of load and store of an element type. The
+// two vectors go through every step side by side: beside one chain of dependent operations the other
+// has room, and the schedulers of current cores are too short to find it further on.
+struct Floats {
+  Vector first, second;
+};
+
+inline Floats splat(float value) { return {broadcast(value), broadcast(value)}; }
+inline Floats operator+(Floats a, Floats b) { return {a.first + b.first, a.second + b.second}; }
+inline Floats operator-(Floats a, Floats b) { return {a.first - b.first, a.second - b.second}; }
+inline Floats operator*(Floats a, Floats b) { return {a.first * b.first, a.second * b.second}; }
+inline Floats operator/(Floats a, Floats b) { return {a.first / b.first, a.second / b.second}; }
+inline Floats larger(Floats a, Floats b) {
+  return {larger(a.first, b.first), larger(a.second, b.second)};
+}
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return {fused(a.first, b.first, c.first), fused(a.second, b.second, c.second)};
 }
 
-inline void store(Floats value, float* to) { store_bits(value, to); }
+template <class Element>
+inline Bits load_bits(const Element* from) {
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+template <class Packed, class Element>
+inline void store_bits(Packed packed, Element* to) {
+  std::memcpy(to, &packed, sizeof packed);
+}
+
+inline Floats load(const float* from) {
+  return {(Vector)load_bits(from), (Vector)load_bits(from + kLanes)};
+}
+
+inline void store(Floats value, float* to) {
+  store_bits(value.first, to);
+  store_bits(value.second, to + kLanes);
+}
+
+// bfloat16 is the upper half of float32: even columns in one vector, odd ones in the other, without
+// moving anything between lanes.
+inline Floats load(const BFloat16* from) {
+  const Bits bits = load_bits(from);
+  return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
+}
+
+// Rounds to the nearest bfloat16, ties to even, in the upper half. A NaN stems from arithmetic or a
+// widened 16-bit NaN; the sum cannot carry out of either.
+inline Bits round_to_bfloat16(Vector value) {
+  const Bits bits = (Bits)value;
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
 
 inline void store(Floats value, BFloat16* to) {
-  const Words bits = as_words(value);
-  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const Words nan = Words{} + 0x7fc0u;
-  store_bits(__builtin_convertvector(value == value ? rounded : nan, Halves), to);
+  const Bits even = round_to_bfloat16(value.first) >> 16;
+  const Bits odd = round_to_bfloat16(value.second) & 0xffff0000u;
+  store_bits(even | odd, to);
 }
+
+#if ONEPASS_VECTOR_BYTES == 64
+inline Vector widen(const Float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void narrow(Vector value, Float16* to) {
+  store_bits(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT), to);
+}
+#elif ONEPASS_VECTOR_BYTES == 32
+inline Vector widen(const Float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void narrow(Vector value, Float16* to) {
+  store_bits(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT), to);
+}
+#else
+inline Vector widen(const Float16* from) {
+  Vector value;
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
+  return value;
+}
+inline void narrow(Vector value, Float16* to) {
+  for (int lane = 0; lane < kLanes; ++lane) from_float(value[lane], to + lane);
+}
+#endif
+
+inline Floats load(const Float16* from) { return {widen(from), widen(from + kLanes)}; }
 
 inline void store(Floats value, Float16* to) {
-#if ONEPASS_VECTOR_BYTES == 64
-  store_bits(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT), to);
-#elif ONEPASS_VECTOR_BYTES == 32
-  store_bits(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT), to);
-#else
-  for (int lane = 0; lane < kLanes; ++lane) from_float(value[lane], to + lane);
-#endif
+  narrow(value.first, to);
+  narrow(value.second, to + kLanes);
 }
 
-// The first `count` lanes; the others hold 0.
+// The first `count` columns of a group; the others come from zeros.
 template <class Element>
 inline Floats load_first(const Element* from, int count) {
-  Element buffer[kLanes] = {};
+  Element buffer[kColumns] = {};
   std::memcpy(buffer, from, count * sizeof(Element));
   return load(buffer);
 }
 
 template <class Element>
 inline void store_first(Floats value, Element* to, int count) {
-  Element buffer[kLanes];
+  Element buffer[kColumns];
   store(value, buffer);
   std::memcpy(to, buffer, count * sizeof(Element));
 }
 
-inline Floats keep_first(Floats value, int count, float rest) {
-  for (int lane = count; lane < kLanes; ++lane) value[lane] = rest;
-  return value;
+// 0 in the first `count` columns as `load` of this element type lays them out, -inf in the others.
+template <class Element>
+inline Floats absent_after(int count) {
+  Element buffer[kColumns] = {};
+  for (int column = count; column < kColumns; ++column) {
+    from_float(-__builtin_inff(), buffer + column);
+  }
+  return load(buffer);
 }
 
-inline double sum_lanes(Floats value) {
+inline double sum_columns(Floats value) {
   double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
+  for (int lane = 0; lane < kLanes; ++lane) sum += double{value.first[lane]} + value.second[lane];
   return sum;
 }
 
-// The largest lane that is not NaN; -inf if all are.
-inline float largest_lane(Floats value) {
+// The largest column that is not NaN; -inf if all are.
+inline float largest_column(Floats value) {
   float largest = -__builtin_inff();
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (value[lane] > largest) largest = value[lane];
+    if (value.first[lane] > largest) largest = value.first[lane];
+    if (value.second[lane] > largest) largest = value.second[lane];
   }
   return largest;
 }
 
-// Below this exp is 0 exactly: the power of two in `exponential` has a zero bit pattern.
+// From here down exp is 0 exactly: the power of two in `exponential` has a zero bit pattern.
 constexpr float kExpIsZero = -88.03f;
 
-// exp(x) for kExpIsZero <= x <= 88, NaN for NaN; error below 1 ulp where the result is normal.
+// exp(x) for kExpIsZero <= x <= 88, NaN for NaN, 1 exactly for 0. Relative error below
+// 1.5e-7 + 1.4e-8 |x| where the result is normal.
 inline Floats exponential(Floats x) {
   // Adding 1.5 * 2^23 rounds x / ln 2 to an integer, found in the low bits plus the bias of 127.
   constexpr float kRound = 0x1.8p23f + 127.0f;
-  const Floats shifted = fused(x, splat(0x1.715476p0f), splat(kRound));
-  const Floats power = as_floats(as_words(shifted) << 23);
+  constexpr float kInverseLn2 = 0x1.715476p0f;
+  const Floats shifted = fused(x, splat(kInverseLn2), splat(kRound));
+  const Floats power = {(Vector)((Bits)shifted.first << 23), (Vector)((Bits)shifted.second << 23)};
   const Floats count = shifted - splat(kRound);
-  // ln 2 in two parts, the first short enough that its products are exact without fused arithmetic.
-  Floats r = fused(count, splat(-0.693359375f), x);
-  r = fused(count, splat(2.12194440054690583e-4f), r);
-  // 1 + r + r^2 q(r), q fitted to the smallest relative error on |r| <= ln 2 / 2 (3e-9).
-  Floats q = splat(0x1.6a23d0p-10f);
-  q = fused(q, r, splat(0x1.123a20p-7f));
-  q = fused(q, r, splat(0x1.5558f2p-5f));
-  q = fused(q, r, splat(0x1.555492p-3f));
-  q = fused(q, r, splat(0x1.fffffcp-2f));
-  q = fused(q, r, splat(1.0f));
-  q = fused(q, r, splat(1.0f));
+#if ONEPASS_HAS_FMA
+  const Floats f = fused(x, splat(kInverseLn2), splat(0.0f) - count);
+#else
+  // ln 2 in two parts, the first short enough that its products are exact.
+  const Floats r = x - count * splat(0.693359375f) + count * splat(2.12194440e-4f);
+  const Floats f = r * splat(kInverseLn2);
+#endif
+  // 2^f = 1 + f q(f), q fitted to the smallest relative error on |f| <= 1/2 (9e-8).
+  Floats q = splat(0x1.5bb9b6p-10f);
+  q = fused(q, f, splat(0x1.3ceae2p-7f));
+  q = fused(q, f, splat(0x1.c6b756p-5f));
+  q = fused(q, f, splat(0x1.ebf9bap-3f));
+  q = fused(q, f, splat(0x1.62e42ap-1f));
+  q = fused(q, f, splat(1.0f));
   return q * power;
 }
-
-// exp(x) for x <= 88: exactly 0 from kExpIsZero down, -inf included.
-inline Floats exponential_or_zero(Floats x) { return exponential(larger(splat(kExpIsZero), x)); }
 
 struct TanhAndSlope {
   Floats tanh;
   Floats slope;  // 1 - tanh^2 without its cancellation
 };
 
+inline Vector magnitude(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
+
+inline Vector choose_tanh(Vector x, Vector near, Vector far) {
+  const Vector signed_far = (Vector)((Bits)far | ((Bits)x & 0x80000000u));
+  return magnitude(x) < broadcast(0.625f) ? near : signed_far;
+}
+
 inline TanhAndSlope hyperbolic_tangent(Floats x) {
-  const Words sign = as_words(x) & 0x80000000u;
-  const Floats magnitude = as_floats(as_words(x) ^ sign);
-  const Floats e = exponential_or_zero(magnitude * splat(-2.0f));
-  const Floats sum = e + splat(1.0f);
-  const Floats far = as_floats(as_words((splat(1.0f) - e) / sum) | sign);
+  const Floats one = splat(1.0f);
+  const Floats size = {magnitude(x.first), magnitude(x.second)};
+  const Floats e = exponential(larger(splat(kExpIsZero), size * splat(-2.0f)));
+  const Floats far = (one - e) / (one + e);
   // Near 0, 1 - e cancels: x + x^3 q(x^2), coefficients of Cephes tanhf (S. Moshier).
   const Floats square = x * x;
   Floats q = splat(-5.70498872745e-3f);
@@ -187,7 +244,9 @@ inline TanhAndSlope hyperbolic_tangent(Floats x) {
   q = fused(q, square, splat(1.33314422036e-1f));
   q = fused(q, square, splat(-3.33332819422e-1f));
   const Floats near = fused(q * square, x, x);
-  return {magnitude < splat(0.625f) ? near : far, splat(4.0f) * e / (sum * sum)};
+  return {{choose_tanh(x.first, near.first, far.first),
+           choose_tanh(x.second, near.second, far.second)},
+          splat(4.0f) * e / ((one + e) * (one + e))};
 }
 
 }  // namespace
