@@ -96,7 +96,9 @@ def test_report_holds_curves_headlines_configuration_and_samples(tmp_path: Path)
     assert path == tmp_path / "report.html"
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     cells = read_page(path).cells
-    assert {"25.0 → 55.0 %", "+30.0 points", "10 → 13", "1.30 times", "2 min 00 s"} <= set(cells)
+    assert {"25.0 → 55.0 %", "+30.0 points", "10.0 → 13.0", "1.30 times", "2 min 00 s"} <= set(
+        cells
+    )
     assert cells[cells.index("loss.weight") + 1] == "0.1"
     data = page_data(path)
     assert [problem["problem_id"] for problem in data["browser"]["problems"]] == ["p0", "p1"]

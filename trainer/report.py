@@ -124,7 +124,8 @@ def _tiles(records: Sequence[_Record]) -> list[tuple[str, str, str]]:
             shown = f"{100 * start:.1f} \u2192 {100 * end:.1f} %"
             change = f"{100 * (end - start):+.1f} points"
         else:
-            shown = f"{start:.0f} \u2192 {end:.0f}"
+            digits = 1 if max(start, end) < 100 else 0
+            shown = f"{start:.{digits}f} \u2192 {end:.{digits}f}"
             change = f"{end / start:.2f} times" if start else ""
         tiles.append((label, shown, change))
     seconds = sum(

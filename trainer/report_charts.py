@@ -115,7 +115,15 @@ OTHER_CHARTS = (
     ),
     Chart("Entropy (nats per token)", "number", (Curve("entropy", "entropy", "blue"),)),
     Chart("KL to the reference (nats per token)", "number", (Curve("kl", "kl", "violet"),)),
-    Chart("Clip fraction", "number", (Curve("clip_fraction", "clipped tokens", "amber"),)),
+    Chart(
+        "Clip fraction of the tokens",
+        "number",
+        (
+            Curve("clip_fraction", "both sides", "amber"),
+            Curve("clip_fraction/low", "low", "red"),
+            Curve("clip_fraction/high", "high", "green"),
+        ),
+    ),
     Chart("Gradient norm", "number", (Curve("grad_norm", "norm", "blue"),)),
     Chart("Loss", "number", (Curve("loss", "loss", "blue"),), starts_at_zero=False),
     Chart("Learning rate", "number", (Curve("learning_rate", "rate", "blue"),)),
@@ -130,6 +138,11 @@ OTHER_CHARTS = (
         ),
     ),
     Chart("Tokens per second", "number", (Curve("tokens_per_second", "tokens/s", "blue"),)),
+    Chart(
+        "Sampler against trainer (nats per token)",
+        "number",
+        (Curve("sampler/logprob_gap_mean", "mean log-probability gap", "red"),),
+    ),
 )
 
 
