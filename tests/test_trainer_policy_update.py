@@ -189,7 +189,7 @@ def test_sampler_gap_is_the_distance_of_both_logprobs() -> None:
 def test_logits_are_made_for_completion_tokens_only() -> None:
     batch = make_micro_batch(SAMPLES, [0, 5, 7], torch.device("cpu"))
     policy = Policy(bigram_model())
-    logits = policy(batch.token_ids_BT, batch.attention_mask_BT, batch.positions_N)
+    logits = policy(batch.token_ids_BT, batch.positions_N)
     tokens = sum(len(SAMPLES[index].token_ids) for index in (0, 5, 7))
     assert logits.shape == (tokens, len(WORDS)) and batch.cu_seqlens[-1] == tokens
 

@@ -72,13 +72,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, token_ids_BT: Tensor, attention_mask_BT: Tensor, positions_N: Tensor
-    ) -> Tensor:
-        """Logits `[N, V]` that follow the positions `positions_N` of the flattened `[B * T]`
-        batch."""
+    def forward(self, token_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+        """Logits `[N, V]` that follow the positions `positions_N` of the flattened `[B * T]` batch.
+
+        Padding must be on the right, where causal attention needs no mask to look past it.
+        """
         hidden_BTD = self.model.get_decoder()(
-            input_ids=token_ids_BT, attention_mask=attention_mask_BT, use_cache=False
+            input_ids=token_ids_BT, use_cache=False
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, positions_N)
         return self.model.get_output_embeddings()(hidden_ND)
@@ -108,7 +108,6 @@ class _MicroBatch:
     """Some samples, right padded, and their completion tokens, packed."""
 
     token_ids_BT: Tensor
-    attention_mask_BT: Tensor
     positions_N: Tensor
     target_ids_N: Tensor
     cu_seqlens: Tensor
@@ -210,7 +209,7 @@ class PolicyUpdate:
         batch = make_micro_batch(samples, indices, self.world.device)
         denominators = {"token_mean": tokens, "sum": None}
         result = kernels.policy_loss(
-            self.policy(batch.token_ids_BT, batch.attention_mask_BT, batch.positions_N),
+            self.policy(batch.token_ids_BT, batch.positions_N),
             batch.target_ids_N,
             _packed(old, indices, batch),
             spec=self.spec,
@@ -236,7 +235,7 @@ class PolicyUpdate:
         for indices in self._plan(samples, chosen):
             batch = make_micro_batch(samples, indices, self.world.device)
             logprobs_N = kernels.token_logprobs(
-                model(batch.token_ids_BT, batch.attention_mask_BT, batch.positions_N),
+                model(batch.token_ids_BT, batch.positions_N),
                 batch.target_ids_N,
                 temperature=self.config.rollout.temperature,
                 softcap=model.softcap,
@@ -341,13 +340,11 @@ def make_micro_batch(
     chosen = [samples[index] for index in indices]
     longest = max(sample.num_positions for sample in chosen)
     token_ids_BT = np.zeros((len(chosen), longest), dtype=np.int64)
-    mask_BT = np.zeros_like(token_ids_BT)
     positions = []
     for row, sample in enumerate(chosen):
         start, end = len(sample.prompt_ids), sample.num_positions
         token_ids_BT[row, :start] = sample.prompt_ids
         token_ids_BT[row, start:end] = sample.token_ids[:-1]
-        mask_BT[row, :end] = 1
         positions.append(row * longest + np.arange(start - 1, end))
     lengths = [len(sample.token_ids) for sample in chosen]
 
@@ -356,7 +353,6 @@ def make_micro_batch(
 
     return _MicroBatch(
         token_ids_BT=on_device(token_ids_BT),
-        attention_mask_BT=on_device(mask_BT),
         positions_N=on_device(np.concatenate(positions)),
         target_ids_N=on_device(np.concatenate([sample.token_ids for sample in chosen])),
         cu_seqlens=on_device(np.cumsum([0, *lengths], dtype=np.int32)),
