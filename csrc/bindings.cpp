@@ -1,34 +1,12 @@
-// Python module kernels._native. Tensors arrive as addresses, sizes and strides: no torch header, so
-// one build serves every torch version. kernels/native_backend.py is its only caller.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "checks.h"
+// Python module kernels._native. Tensors arrive as addresses, sizes and strides: no torch header,
+// so one build serves every torch version. kernels/native_backend.py is its only caller.
+#include "bind_views.h"
 #include "cpu/row_ops.h"
 
 namespace py = pybind11;
 using namespace onepass;
 
 namespace {
-
-template <class Element>
-Element* pointer(uintptr_t address) {
-  return reinterpret_cast<Element*>(address);
-}
-
-LogitsView make_view(uintptr_t data, DType dtype, std::array<int64_t, 3> sizes,
-                     std::array<int64_t, 3> strides) {
-  check_equal("stride of the last dimension", int64_t{1}, strides[2]);
-  return {data, dtype, sizes[0], sizes[1], sizes[2], strides[0], strides[1]};
-}
-
-struct Scale {
-  uintptr_t inv_temperature;
-  int64_t stride;
-  float softcap;
-
-  RowScale rows() const { return {pointer<const float>(inv_temperature), stride, softcap}; }
-};
 
 void check_same_shape(const LogitsView& logits, const LogitsView& out) {
   check_equal("rows of out", logits.num_rows(), out.num_rows());
@@ -86,33 +64,17 @@ void bind_loss_spec(py::module_& module) {
       .def_readwrite("sampler_high", &LossSpec::sampler_high);
 }
 
-void bind_views(py::module_& module) {
-  py::enum_<DType>(module, "DType")
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16);
-  py::class_<LogitsView>(module, "LogitsView")
-      .def(py::init(&make_view), py::arg("data"), py::arg("dtype"), py::arg("sizes"),
-           py::arg("strides"));
-  py::class_<Scale>(module, "RowScale")
-      .def(py::init([](uintptr_t inv_temperature, int64_t stride, float softcap) {
-             return Scale{inv_temperature, stride, softcap};
-           }),
-           py::arg("inv_temperature"), py::arg("stride"), py::arg("softcap"));
-}
-
 void bind_row_ops(py::module_& module) {
   module.def(
       "row_stats",
-      [](const LogitsView& logits, uintptr_t token_ids, const Scale& scale, uintptr_t stats,
+      [](const LogitsView& logits, uintptr_t token_ids, const RowScale& scale, uintptr_t stats,
          int threads) {
-        row_stats(logits, pointer<const int64_t>(token_ids), scale.rows(), pointer<float>(stats),
-                  threads);
+        row_stats(logits, pointer<const int64_t>(token_ids), scale, pointer<float>(stats), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "grad_logits",
-      [](const LogitsView& logits, uintptr_t token_ids, const Scale& scale, uintptr_t row_max,
+      [](const LogitsView& logits, uintptr_t token_ids, const RowScale& scale, uintptr_t row_max,
          uintptr_t log_sum, uintptr_t entropy, uintptr_t coef_logprob, uintptr_t coef_entropy,
          const LogitsView& out, int threads) {
         check_same_shape(logits, out);
@@ -120,7 +82,7 @@ void bind_row_ops(py::module_& module) {
                                    pointer<const float>(entropy),
                                    pointer<const float>(coef_logprob),
                                    pointer<const float>(coef_entropy)};
-        grad_logits(logits, pointer<const int64_t>(token_ids), scale.rows(), inputs, out, threads);
+        grad_logits(logits, pointer<const int64_t>(token_ids), scale, inputs, out, threads);
       },
       py::call_guard<py::gil_scoped_release>());
   module.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
@@ -130,7 +92,7 @@ void bind_policy_loss(py::module_& module) {
   module.attr("NUM_POLICY_METRICS") = kNumPolicyMetrics;
   module.def(
       "policy_loss",
-      [](const LogitsView& logits, const Scale& scale, const LossSpec& spec, uintptr_t token_ids,
+      [](const LogitsView& logits, const RowScale& scale, const LossSpec& spec, uintptr_t token_ids,
          uintptr_t offsets, int64_t num_sequences, uintptr_t old_logprobs, uintptr_t ref_logprobs,
          uintptr_t sampler_logprobs, uintptr_t advantages, bool advantages_per_token,
          uintptr_t rewards, int64_t group_size, double denominator, uintptr_t loss,
@@ -153,7 +115,7 @@ void bind_policy_loss(py::module_& module) {
                                    denominator};
         const PolicyOutputs outputs = {pointer<float>(loss), pointer<float>(logprobs),
                                        pointer<float>(entropy), pointer<float>(metrics), grad};
-        policy_loss(logits, scale.rows(), batch, spec, outputs, threads);
+        policy_loss(logits, scale, batch, spec, outputs, threads);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("logits"), py::arg("scale"),
       py::arg("spec"), py::kw_only(), py::arg("token_ids"), py::arg("offsets"),

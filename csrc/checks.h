@@ -17,8 +17,8 @@ void check_equal(const char* name, Expected expected, Got got) {
 template <class Bound, class Got>
 void check_at_least(const char* name, Bound bound, Got got) {
   if (!(got >= bound)) {
-    throw std::invalid_argument(std::string(name) + ": expected at least " +
-                                std::to_string(bound) + ", got " + std::to_string(got));
+    throw std::invalid_argument(std::string(name) + ": expected at least " + std::to_string(bound) +
+                                ", got " + std::to_string(got));
   }
 }
 

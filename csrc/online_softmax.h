@@ -1,7 +1,8 @@
 // Softmax statistics of a row read in pieces, for C++ and CUDA.
 //
 // The exact maximum of each piece is known before its exponentials are taken, so every exponent is
-// <= 0 and -inf columns add exactly 0; a piece (or row) of nothing but -inf keeps max = -inf, sum = 0.
+// <= 0 and -inf columns add exactly 0; a piece (or row) of nothing but -inf keeps max = -inf, sum =
+// 0.
 #pragma once
 
 #include <cmath>

@@ -80,6 +80,27 @@ def row_stats(
     return stats_4N
 
 
+def row_stats_cuda(
+    logits_OIW: Tensor, token_ids_N: Tensor, inv_temperature: Tensor | float, softcap: float
+) -> Tensor:
+    """`row_stats` of the CUDA kernel, on the logits' device and its current stream."""
+    if isinstance(_CUDA, str):
+        raise RuntimeError(_CUDA)
+    device = logits_OIW.device
+    token_ids_N = token_ids_N.contiguous()
+    scale = _temperatures(inv_temperature, device)
+    stats_4N = torch.empty(4, len(token_ids_N), dtype=torch.float32, device=device)
+    _CUDA.row_stats(
+        _view(_CUDA, logits_OIW),
+        token_ids_N.data_ptr(),
+        _row_scale(_CUDA, scale, softcap),
+        stats_4N.data_ptr(),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+    return stats_4N
+
+
 def grad_logits(
     logits_OIW: Tensor,
     token_ids_N: Tensor,

@@ -1,12 +1,10 @@
-// Element types of the logits and their scalar conversions.
+// 16-bit element types and their scalar conversions.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace onepass {
-
-enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 struct BFloat16 {
   uint16_t bits;

@@ -149,8 +149,9 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
   const RowKernels& kernels = row_kernels();
   const auto forward = kernels.forward[static_cast<int>(logits.dtype)];
   const auto backward = kernels.backward[static_cast<int>(logits.dtype)];
-  // Taking exponentials twice costs more than keeping them, for which a float32 gradient row has room
-  // itself. The softcap's slope and the entropy's gradient need the logits once more in any case.
+  // Taking exponentials twice costs more than keeping them, for which a float32 gradient row has
+  // room itself. The softcap's slope and the entropy's gradient need the logits once more in any
+  // case.
   const bool keep = outputs.grad && scale.softcap <= 0.0f && spec.entropy_weight == 0.0;
   const bool keep_in_grad = logits.dtype == DType::kFloat32;
   const int64_t kept_columns = keep && !keep_in_grad ? blocks * kBlockColumns : 0;

@@ -13,7 +13,8 @@ constexpr int64_t kBlockColumns = 1024;
 
 inline int64_t num_blocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockColumns; }
 
-// Effective logit z = inv_temperature * (softcap > 0 ? softcap * tanh(x / softcap) : x), in float32.
+// Effective logit z = inv_temperature * (softcap > 0 ? softcap * tanh(x / softcap) : x), in
+// float32.
 struct Row {
   const void* logits;
   int64_t width;
@@ -24,8 +25,9 @@ struct Row {
 // What the forward loop leaves for the backward loop.
 struct RowTrace {
   // exp(z - base of its block) of every column; null: not kept, the backward loop takes it again.
-  // For float32 [width], and may be the logits or the gradient themselves; for 16-bit logits room for
-  // num_blocks * kBlockColumns, in an order of the kernels' own. Never with softcap or coef_entropy.
+  // For float32 [width], and may be the logits or the gradient themselves; for 16-bit logits room
+  // for num_blocks * kBlockColumns, in an order of the kernels' own. Never with softcap or
+  // coef_entropy.
   float* exponentials;
   // [num_blocks]: the maximum that each block's exponents were taken against.
   float* bases;

@@ -187,8 +187,8 @@ struct Scaled {
 };
 
 // out = columns(x), for logits x or, with Source float and a 16-bit Element, for kept exponentials,
-// which lie in whole groups in the order of the element type's lanes. Loads come before stores, which
-// may overwrite them.
+// which lie in whole groups in the order of the element type's lanes. Loads come before stores,
+// which may overwrite them.
 template <class Columns, class Source, class Element>
 void map_block(const Columns& columns, const Source* x, Element* out, int64_t count) {
   int64_t j = 0;
@@ -233,9 +233,9 @@ void backward_as(const Row& row, const RowTrace& trace, const RowGrad& grad) {
       continue;
     }
     const GradOfLogits<kScaling, kEntropy> columns(
-        transform, {static_cast<float>(base), logprob_scale,
-                    static_cast<float>(scale * grad.coef_entropy),
-                    static_cast<float>(log_scale + grad.entropy)});
+        transform,
+        {static_cast<float>(base), logprob_scale, static_cast<float>(scale * grad.coef_entropy),
+         static_cast<float>(log_scale + grad.entropy)});
     map_block(columns, x + start, out + start, count);
   }
 }

@@ -19,7 +19,8 @@ void row_stats(const LogitsView& logits, const int64_t* token_ids, const RowScal
       const Row row = row_of(logits, scale, n);
       total = forward(row, {});
       if (std::isnan(total.sum)) total.max = NAN;
-      if (id >= 0) target = static_cast<float>(target_logit(read_column(logits, n, id), row, kernels).z);
+      if (id >= 0)
+        target = static_cast<float>(target_logit(read_column(logits, n, id), row, kernels).z);
     }
     stats[n] = total.max;
     stats[rows + n] = static_cast<float>(total.sum);

@@ -5,38 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "../logits_view.h"
 #include "../policy_loss.h"
-#include "dtypes.h"
 
 namespace onepass {
-
-constexpr int64_t kIgnoredId = -100;
-
-// A view [outer, inner, width] of logits or their gradient; strides in elements, the last one is 1.
-struct LogitsView {
-  uintptr_t data;
-  DType dtype;
-  int64_t outer;
-  int64_t inner;
-  int64_t width;
-  int64_t outer_stride;
-  int64_t inner_stride;
-
-  int64_t num_rows() const { return outer * inner; }
-  int64_t row_bytes() const { return width * element_size(); }
-  int64_t element_size() const { return dtype == DType::kFloat32 ? 4 : 2; }
-  char* row(int64_t n) const {
-    const int64_t offset = n / inner * outer_stride + n % inner * inner_stride;
-    return reinterpret_cast<char*>(data) + offset * element_size();
-  }
-};
-
-// inv_temperature[n * stride]: stride 0 for one value.
-struct RowScale {
-  const float* inv_temperature;
-  int64_t stride;
-  float softcap;
-};
 
 void row_stats(const LogitsView& logits, const int64_t* token_ids, const RowScale& scale,
                float* stats, int threads);

@@ -1,7 +1,7 @@
-// Groups of float32 columns in the vector width of the level that is being compiled, with the loads,
-// stores and elementary functions of the row kernels. Included by row_kernels_impl.h only, with
-// ONEPASS_VECTOR_BYTES set and the target chosen by pragma; everything has internal linkage, so that
-// no code of a wide level can be linked into another.
+// Groups of float32 columns in the vector width of the level that is being compiled, with the
+// loads, stores and elementary functions of the row kernels. Included by row_kernels_impl.h only,
+// with ONEPASS_VECTOR_BYTES set and the target chosen by pragma; everything has internal linkage,
+// so that no code of a wide level can be linked into another.
 #pragma once
 
 #include <cstdint>
@@ -57,9 +57,9 @@ inline Vector fused(Vector x, Vector y, Vector z) {
 #endif
 }
 
-// kColumns columns; which lane holds which is the business of load and store of an element type. The
-// two vectors go through every step side by side: beside one chain of dependent operations the other
-// has room, and the schedulers of current cores are too short to find it further on.
+// kColumns columns; which lane holds which is the business of load and store of an element type.
+// The two vectors go through every step side by side: beside one chain of dependent operations the
+// other has room, and the schedulers of current cores are too short to find it further on.
 struct Floats {
   Vector first, second;
 };
@@ -244,9 +244,9 @@ inline TanhAndSlope hyperbolic_tangent(Floats x) {
   q = fused(q, square, splat(1.33314422036e-1f));
   q = fused(q, square, splat(-3.33332819422e-1f));
   const Floats near = fused(q * square, x, x);
-  return {{choose_tanh(x.first, near.first, far.first),
-           choose_tanh(x.second, near.second, far.second)},
-          splat(4.0f) * e / ((one + e) * (one + e))};
+  return {
+      {choose_tanh(x.first, near.first, far.first), choose_tanh(x.second, near.second, far.second)},
+      splat(4.0f) * e / ((one + e) * (one + e))};
 }
 
 }  // namespace
