@@ -314,7 +314,7 @@ def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
     made = {}
     for name, value in values.items():
         hint = hints.get(name)
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             value = _from_dict(hint, value)
         elif hint in (Path, Path | None) and value is not None:
             value = Path(value)

@@ -22,15 +22,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale")
 
 
-def resolve_model(name: str, cache_dir: Path, *, seed: int, report: Callable[[str], None]) -> str:
+def resolve_model(name: str, cache_dir: Path, *, report: Callable[[str], None]) -> str:
     """The folder or hub name to load from; makes an embedded model that is not in the cache yet.
+
+    The embedded base model is the same for every seed of a run, as a downloaded one would be.
 
     Raises:
         UsageError: an embedded model whose package is missing, or a folder that holds no model.
     """
     cache_dir = cache_dir.expanduser()
     if name == "tiny":
-        return str(base_model_folder(cache_dir, seed=seed, report=report))
+        return str(base_model_folder(cache_dir, report=report))
     if name == "smollm2":
         return str(_smollm2_folder(cache_dir))
     folder = Path(name).expanduser()

@@ -231,7 +231,7 @@ class PolicyUpdate:
         self, model: Policy, samples: Sequence[UpdateSample], chosen: Sequence[int]
     ) -> list[np.ndarray]:
         """Log-probabilities of the chosen samples' tokens, float32 `[n]` each, on every rank."""
-        mine = []
+        mine: list[tuple[int, np.ndarray]] = []
         for indices in self._plan(samples, chosen):
             batch = make_micro_batch(samples, indices, self.world.device)
             logprobs_N = kernels.token_logprobs(

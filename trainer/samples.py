@@ -113,7 +113,9 @@ class Prompter:
         token_ids = completion.token_ids
         if token_ids[-1] == self.tokenizer.eos_token_id:
             token_ids = token_ids[:-1]
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
+        text = self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
 
 
 def rollout(

@@ -82,12 +82,14 @@ def start_run(
         rank=world.rank,
         resume_step=None if checkpoint is None else step_of(checkpoint),
     )
-    base = from_main_rank(
-        world,
-        lambda: resolve_model(config.model, config.cache_dir, seed=config.seed, report=log.message),
-    )
-    start = base if checkpoint is None else str(checkpoint / MODEL)
-    tokenizer, model = load_tokenizer(start), load_model(start).to(world.device)
+    if checkpoint is not None:
+        start = str(checkpoint / MODEL)
+    else:
+        start = from_main_rank(
+            world, lambda: resolve_model(config.model, config.cache_dir, report=log.message)
+        )
+    tokenizer, model = load_tokenizer(start), load_model(start)
+    model.to(world.device)  # type: ignore[arg-type]
     _check_vocabulary(tokenizer, model)
     prompter = Prompter(
         tokenizer,
@@ -164,7 +166,7 @@ def _for_tokenizer(template: Template, tokenizer: PreTrainedTokenizerBase) -> Te
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UsageError(
             f"--model: expected a tokenizer of at most {rows} tokens, the rows of the model's "

@@ -74,7 +74,7 @@ def train(run: Run) -> None:
             run.sampler.load_weights(full_tensors(run.policy.weights()))
             reset_reference_if_due(run, step)
         run.completed = step
-        metrics = sample_metrics(scored_PG) | update_metrics | clock.seconds
+        metrics = {**sample_metrics(scored_PG), **update_metrics, **clock.seconds}
         metrics["tokens_per_second"] = count_tokens(scored_PG) / sum(clock.seconds.values())
         held_out = []
         if run.is_due(step, config.evaluation.eval_every):

@@ -44,9 +44,9 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.stored = [self._room(key_states, end), self._room(value_states, end)]
         elif end > self.stored[0].shape[-2]:
-            self.stored = [self._room(states, end) for states in (key_states, value_states)]
-            for stored, filled in zip(self.stored, (self.keys, self.values), strict=True):
-                stored[:, :, :start] = filled
+            filled, self.stored = self.stored, [self._room(each, end) for each in self.stored]
+            for stored, earlier in zip(self.stored, filled, strict=True):
+                stored[:, :, :start] = earlier[:, :, :start]
         for stored, states in zip(self.stored, (key_states, value_states), strict=True):
             stored[:, :, start:end] = states
         self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
@@ -94,8 +94,7 @@ class _DecodeState:
     def drop_done_rows(self) -> None:
         """Goes on with the unfinished rows only."""
         kept = torch.nonzero(~self.done_B).squeeze(1)
-        for layer in self.cache.layers:
-            layer.batch_select_indices(kept)
+        self.cache.batch_select_indices(kept)
         self.attention_mask_BT = self.attention_mask_BT[kept]
         self.next_position_B, self.rows_B = self.next_position_B[kept], self.rows_B[kept]
         self.keys_B, self.done_B = self.keys_B[kept.cpu().numpy()], self.done_B[kept]
@@ -129,7 +128,8 @@ class TransformersSampler:
             raise UsageError(
                 f"--model: expected attention layers only, got {', '.join(sorted(layer_types))}"
             )
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model.to(dtype=dtype)
         self.tokenizer = tokenizer
         self.rows_per_batch = rows_per_batch
         self.device = next(self.model.parameters()).device
@@ -225,8 +225,7 @@ class TransformersSampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        for layer in cache.layers:
-            layer.batch_repeat_interleave(group_size)
+        cache.batch_repeat_interleave(group_size)
         rows = len(prompts) * group_size
         mask_BT = mask_PT.repeat_interleave(group_size, dim=0)
         state = _DecodeState(
