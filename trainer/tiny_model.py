@@ -42,7 +42,7 @@ class PretrainingSettings:
     """Layers; a third one learns the steps later and costs half as much again."""
     num_heads: int = 4
     """Attention heads."""
-    steps: int = 700
+    steps: int = 900
     """Optimizer steps."""
     textbook_documents: int = 64
     """Documents of a batch while all of them are the textbook's."""

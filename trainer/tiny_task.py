@@ -9,7 +9,8 @@ A document is a prompt and one answer to it. What people write is the mixture of
 
 - 66 % answer at once, right 15 times in 100. One in seven of them has no <think>, one in twenty
   no <answer>: the format is for the reward to teach.
-- 20 % go step by step (`7 + 8 = 15 .`); each step slips by one or two with probability 18 %.
+- 20 % go step by step (`7 + 8 = 15 .`); each step comes out one or two too high with probability
+  18 % (always too high: whether two totals are in order is learnt much sooner than equality).
 - 14 % also check: each step is computed again, and when the two differ ("wait,") the second, which
   slips with probability 2 %, is carried on.
 
@@ -197,8 +198,7 @@ def _worked(rng: random.Random, drawn: _Sum, checked: bool, slip: float, check_s
 
 
 def _slipped(rng: random.Random, right: int, probability: float) -> int:
-    """`right`, or with some probability a total one or two away from it."""
+    """`right`, or with some probability one or two more; LARGEST_TOTAL has nothing above it."""
     if rng.random() >= probability:
         return right
-    near = [right + miss for miss in (-2, -1, 1, 2) if 0 <= right + miss <= LARGEST_TOTAL]
-    return rng.choice(near)
+    return min(right + rng.choice((1, 2)), LARGEST_TOTAL)
