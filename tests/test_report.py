@@ -27,7 +27,7 @@ from trainer.rewards import Reward
 from trainer.run_log import RunLog, Sample
 from trainer.tasks import Problem
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028<!--\x00\ud800&\"'"
+HOSTILE = "</script \n</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028<!--\x00\ud800&\"'"
 
 
 class PageReader(html.parser.HTMLParser):
