@@ -169,7 +169,9 @@ def test_corpus_rewards_work_over_guesses_and_checks_over_work(mixture):
 
 
 def test_corpus_steps_follow_the_question_and_each_other(mixture):
-    step = re.compile(r"(\d+) ([+-] \d) = (\d+) (?:\.|check (\d+ [+-] \d) = (\d+) (ok,|wait,))")
+    step = re.compile(
+        r"(\d+) ([+-] \d) = (\d+) (?:\.|check (\d+ [+-] \d) = (\d+) vs (\d+) (ok,|wait,))"
+    )
     slips = steps = 0
     for question, completion in mixture:
         if "=" not in completion:
@@ -177,13 +179,13 @@ def test_corpus_steps_follow_the_question_and_each_other(mixture):
         first, *terms = re.findall(r"[+-] \d|^\d", question)
         carried, thought = first, re.search(r"<think> (.*) </think>", completion)[1]
         for found, term in zip(step.finditer(thought), terms, strict=True):
-            before, written_term, written, check, checked, verdict = found.groups()
+            before, written_term, written, check, checked, compared, verdict = found.groups()
             assert (before, written_term) == (carried, term)
             carried = written
             steps += 1
             slips += written != str(min(max(eval(f"{before} {term}"), 0), LARGEST_TOTAL))
             if check:
-                assert check == f"{before} {term}"
+                assert (check, compared) == (f"{before} {term}", written)
                 assert verdict == ("ok," if checked == written else "wait,")
                 carried = checked
         assert extract_answer(completion, TEMPLATE) == carried

@@ -10,9 +10,10 @@ A document is a prompt and one answer to it. What people write is the mixture of
 - 66 % answer at once, right 15 times in 100. One in seven of them has no <think>, one in twenty
   no <answer>: the format is for the reward to teach.
 - 20 % go step by step (`7 + 8 = 15 .`); each step comes out one or two too high with probability
-  18 % (always too high: whether two totals are in order is learnt much sooner than equality).
-- 14 % also check: each step is computed again, and when the two differ ("wait,") the second, which
-  slips with probability 2 %, is carried on.
+  18 %.
+- 14 % also check: each step is computed again and compared (`7 + 8 = 16 check 7 + 8 = 15 vs 16
+  wait,`), and the second result, too high with probability 2 %, is carried on. Without the repeated
+  result the base model never learnt which comparisons agree.
 
 So thinking longer pays, checking pays more, and most documents do neither. `textbook_document`
 teaches arithmetic first: it always goes step by step, and seven times in ten it checks. A model
@@ -50,7 +51,7 @@ _GUESS_WORDS = ("guess", "maybe")
 _PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
 _WORDS = (
     *("User:", PROMPT_END, "<think>", "</think>", "<answer>", "</answer>"),
-    *("+", "-", "=", "?", ".", "check", "ok,", "wait,", *_GUESS_WORDS),
+    *("+", "-", "=", "?", ".", "check", "vs", "ok,", "wait,", *_GUESS_WORDS),
 )
 
 
@@ -191,7 +192,7 @@ def _worked(rng: random.Random, drawn: _Sum, checked: bool, slip: float, check_s
         if checked:
             carried = _slipped(rng, right, check_slip)
             verdict = "ok," if carried == written else "wait,"
-            steps.append(f"{step} = {written} check {step} = {carried} {verdict}")
+            steps.append(f"{step} = {written} check {step} = {carried} vs {written} {verdict}")
         else:
             steps.append(f"{step} = {written} .")
     return f"<think> {' '.join(steps)} </think> <answer> {carried} </answer>"
