@@ -19,9 +19,19 @@ from kernels.triton_backend.row_passes import (
 from kernels.triton_backend.token_loss import kl_slope, policy_slope, sampler_weight
 
 IGNORED = tl.constexpr(reference.IGNORED)
+# Integers that vary with the batch; Triton would compile anew for 1 and for multiples of 16.
+BATCH_DEPENDENT = [
+    "inner",
+    "logits_stride_outer",
+    "logits_stride_inner",
+    "out_stride_outer",
+    "out_stride_inner",
+    "grad_stride_outer",
+    "grad_stride_inner",
+]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def row_stats_kernel(
     logits_ptr: tl.tensor,
     token_ids_ptr: tl.tensor,
@@ -62,7 +72,7 @@ def row_stats_kernel(
     tl.store(stats_ptr + 3 * num_rows + row, target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def grad_logits_kernel(
     logits_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -124,7 +134,7 @@ def grad_logits_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def policy_loss_kernel(
     logits_ptr: tl.tensor,
     out_ptr: tl.tensor | None,
@@ -249,7 +259,7 @@ def policy_loss_kernel(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def scale_kernel(
     grad_ptr: tl.tensor,
     factor_ptr: tl.tensor,

@@ -22,23 +22,21 @@ ROW_ALIGNMENT = tl.constexpr(16)
 
 
 @triton.jit
-def _bounded(shift: tl.tensor) -> tl.tensor:
-    """max(shift, LOWEST), but NaN stays NaN."""
-    return tl.where(shift < LOWEST, LOWEST, shift)
+def _bounded_exp(shift: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """b = max(shift, LOWEST) for shift <= 0, and exp(b); NaN stays NaN.
 
-
-@triton.jit
-def _exp(shift: tl.tensor) -> tl.tensor:
-    """exp of LOWEST <= shift <= 0: the hardware's 2^x, corrected for its rounded argument."""
+    The hardware's 2^x, corrected for the rounding of its argument.
+    """
+    shift = tl.where(shift < LOWEST, LOWEST, shift)
     exponent = shift * LOG2_E
     rest = tl.fma(shift, LOG2_E_REST, tl.fma(shift, LOG2_E, -exponent))
     power = tl.exp2(exponent)
-    return tl.fma(power, rest * LN_2, power)
+    return shift, tl.fma(power, rest * LN_2, power)
 
 
 @triton.jit
 def _expm1(x: tl.tensor) -> tl.tensor:
-    """exp(x) - 1 of LOWEST <= x <= 0 without cancellation: Taylor to x^8 above -1/2."""
+    """exp(x) - 1 of x <= 0 without cancellation: Taylor to x^8 above -1/2."""
     series = tl.fma(x, 1 / 40320, 1 / 5040)
     series = tl.fma(x, series, 1 / 720)
     series = tl.fma(x, series, 1 / 120)
@@ -46,7 +44,8 @@ def _expm1(x: tl.tensor) -> tl.tensor:
     series = tl.fma(x, series, 1 / 6)
     series = tl.fma(x, series, 0.5)
     series = tl.fma(x * x, series, x)
-    return tl.where(x > -0.5, series, _exp(x) - 1.0)
+    _, power = _bounded_exp(x)
+    return tl.where(x > -0.5, series, power - 1.0)
 
 
 @triton.jit
@@ -59,7 +58,7 @@ def scaled(
     """
     slope = tl.full(x.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        e = _expm1(_bounded(-2.0 * tl.div_rn(tl.abs(x), softcap)))
+        e = _expm1(-2.0 * tl.div_rn(tl.abs(x), softcap))
         capped = softcap * tl.div_rn(-e, 2.0 + e)
         slope = tl.div_rn(4.0 * (1.0 + e), (2.0 + e) * (2.0 + e))
         x = tl.where(x < 0, -capped, capped)
@@ -95,8 +94,8 @@ def row_sums(
     tl.assume(width > 0)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     lane_max = tl.full([LANES], -float("inf"), tl.float32)
-    lane_sum = tl.zeros([LANES], tl.float32)
-    lane_weighted = tl.zeros([LANES], tl.float32)
+    lane_sum = tl.full([LANES], 0.0, tl.float32)
+    lane_weighted = tl.full([LANES], 0.0, tl.float32)
     for start in range(0, width, DEPTH * LANES):
         inside = start + tile < width
         x = tl.load(row_ptr + start + tile, mask=inside, other=-float("inf")).to(tl.float32)
@@ -105,18 +104,15 @@ def row_sums(
         new_max = tl.maximum(lane_max, tl.max(z, axis=0))
         # A lane that saw nothing but -inf is measured from 0: its terms are 0 and not NaN.
         origin = tl.where(new_max == -float("inf"), 0.0, new_max)
-        rise = _bounded(lane_max - origin)
-        factor = _exp(rise)
+        rise, factor = _bounded_exp(lane_max - origin)
         lane_weighted = factor * (lane_weighted + rise * lane_sum)
         lane_sum = factor * lane_sum
-        shift = _bounded(z - origin[None, :])
-        power = _exp(shift)
+        shift, power = _bounded_exp(z - origin[None, :])
         lane_sum += tl.sum(power, axis=0)
         lane_weighted += tl.sum(shift * power, axis=0)
         lane_max = new_max
     row_max = tl.max(lane_max, axis=0)
-    rise = _bounded(lane_max - tl.where(row_max == -float("inf"), 0.0, row_max))
-    factor = _exp(rise)
+    rise, factor = _bounded_exp(lane_max - tl.where(row_max == -float("inf"), 0.0, row_max))
     row_sum = tl.sum(factor * lane_sum, axis=0)
     return row_max, row_sum, tl.sum(factor * (lane_weighted + rise * lane_sum), axis=0)
 
@@ -155,14 +151,13 @@ def write_gradient(
     weight_entropy = (coef_entropy * common).to(tl.float32)
     mean_shift = (log_sum - entropy).to(tl.float32)
     tl.assume(width > 0)
-    num_tiles = tl.cdiv(width, DEPTH * LANES)
+    num_tiles = (width + DEPTH * LANES - 1) // (DEPTH * LANES)
     for done in range(0, num_tiles):
         columns = (num_tiles - 1 - done) * (DEPTH * LANES) + tl.arange(0, DEPTH * LANES)
         inside = columns < width
         x = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
         z, slope = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
-        shift = _bounded(z - row_max)
-        gradient = _exp(shift)
+        shift, gradient = _bounded_exp(z - row_max)
         if HAS_ENTROPY:
             gradient *= tl.fma(shift - mean_shift, weight_entropy, weight_logprob)
         else:
@@ -177,7 +172,7 @@ def write_gradient(
 def write_zeros(
     out_row_ptr: tl.tensor, width: tl.tensor, LANES: tl.constexpr, DEPTH: tl.constexpr
 ) -> None:
-    zeros = tl.zeros([DEPTH * LANES], out_row_ptr.dtype.element_ty)
+    zeros = tl.full([DEPTH * LANES], 0.0, out_row_ptr.dtype.element_ty)
     for start in range(0, width, DEPTH * LANES):
         columns = start + tl.arange(0, DEPTH * LANES)
         tl.store(out_row_ptr + columns, zeros, mask=columns < width)
