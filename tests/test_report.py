@@ -27,7 +27,7 @@ from trainer.rewards import Reward
 from trainer.run_log import RunLog, Sample
 from trainer.tasks import Problem
 
-HOSTILE = "</script \n</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028<!--\x00\ud800&\"'"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028<!--\x00\ud800&\"'"
 
 
 class PageReader(html.parser.HTMLParser):
@@ -125,6 +125,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     reader = read_page(path)
     assert not any(tag == "img" or "onerror" in attributes for tag, attributes in reader.tags)
     assert len(reader.scripts) == 2
+    # Browsers end a script at more spellings than this parser does, so no markup may be in it.
+    assert not set("<>&") & set(reader.scripts[0])
     sample = json.loads(reader.scripts[0])["browser"]["problems"][0]["steps"][0]["samples"][0]
     assert sample["completion"] == HOSTILE
     # The page's own script must put text in place as text.
