@@ -33,6 +33,7 @@ from trainer.fsdp import (
     stop_world,
 )
 from trainer.policy_update import PolicyUpdate, UpdateSample
+from trainer.report import write_page
 from trainer.rollout import Completion
 from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths
 from trainer.run_log import RunLog, Sample
@@ -82,6 +83,8 @@ def train(run: Run) -> None:
             metrics |= eval_metrics
         records = [run.prompter.record(one) for group in scored_PG for one in group]
         run.log.log_step(step, metrics, samples=records, eval_samples=held_out)
+        if held_out and run.world.is_main:
+            write_page(config.run_folder)
         if run.is_due(step, config.checkpoint.save_every):
             run.save()
         stop_if_asked(run)
