@@ -74,7 +74,7 @@ def grad_logits(
 
 
 def scale_(grad_OIW: Tensor, factor: Tensor) -> None:
-    """Multiplies a gradient by a 0-d factor in place; reads the factor only where that is 1."""
+    """Multiplies a gradient by a 0-d factor in place; where that is 1, reads nothing else."""
     _launch(programs.scale_kernel, {"grad": grad_OIW}, factor_ptr=factor)
 
 
