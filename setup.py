@@ -1,8 +1,8 @@
 """Builds `kernels._native` (C++, always) and `kernels._cuda` (when nvcc is found or asked for).
 
-Both are bound with pybind11 and take raw addresses: torch is not needed to build them. ONEPASS_CUDA=1 makes a missing
-nvcc or a failing CUDA build an error, ONEPASS_CUDA=0 leaves the CUDA part out; without the variable it is built where
-nvcc is found, and then a failure is an error too.
+Both are bound with pybind11 and take raw addresses: torch is not needed to build them.
+ONEPASS_CUDA=1 makes a missing nvcc an error, ONEPASS_CUDA=0 leaves the CUDA part out; without the
+variable it is built where nvcc is found. A CUDA build that fails is an error either way.
 """
 
 import os

@@ -1,13 +1,15 @@
 """The `cpp` backend: hands tensors to the C++ kernels as addresses, sizes and strides.
 
-Allocates the outputs and nothing else; `csrc/` computes. It also binds the CUDA kernels that exist so far. The
-functions have the signatures of `kernels.backends.Backend` and rely on `kernels.ops` for validation.
+Allocates the outputs and nothing else; `csrc/` computes. It also binds the CUDA kernels that exist
+so far. The functions have the signatures of `kernels.backends.Backend` and leave validation to
+`kernels.ops`.
 
-Shapes as in `kernels.reference`: N packed tokens, W this rank's columns of the vocabulary, S sequences, logits_OIW
-a view [outer, inner, W] of the logits with N = outer * inner.
+Shapes as in `kernels.reference`: N packed tokens, W this rank's columns of the vocabulary, S
+sequences, logits_OIW a view [outer, inner, W] of the logits with N = outer * inner.
 """
 
 import math
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -137,7 +139,9 @@ def scale_(grad_OIW: Tensor, factor: Tensor) -> None:
     native.scale_rows(_view(native, grad_OIW), factor.item(), torch.get_num_threads())
 
 
-def _native_spec(native: Any, spec: LossSpec) -> Any:
+@lru_cache(maxsize=64)
+def _native_spec(spec: LossSpec) -> Any:
+    native = _native()
     native_spec = native.LossSpec()
     for field, enum in (
         ("surrogate", native.Surrogate),
@@ -209,7 +213,7 @@ def policy_loss(
     native.policy_loss(
         _view(native, logits_OIW),
         _row_scale(native, scale, softcap),
-        _native_spec(native, spec),
+        _native_spec(spec),
         token_ids=token_ids_N.data_ptr(),
         offsets=offsets.data_ptr(),
         num_sequences=len(offsets) - 1,

@@ -170,12 +170,15 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
     float* room = keep_in_grad ? static_cast<float*>(out) : &kept[slot * kept_columns];
     const RowTrace trace = {keep ? room : nullptr, &bases[slot * blocks]};
     const OnlineSoftmax<double> total = forward(row, trace);
-    const double log_sum = std::log(total.sum);
+    // Rounded to float32 where row_stats and its caller do, so that the log-probs are those of
+    // token_logprobs to the bit and a token that has not changed has a ratio of exactly 1.
+    const double sum = static_cast<float>(total.sum);
+    const double log_sum = std::log(sum);
+    outputs.logprobs[n] = static_cast<float>((target.z - total.max) - log_sum);
+    outputs.entropy[n] = static_cast<float>(log_sum - static_cast<float>(total.weighted) / sum);
     Token& token = tokens[n];
-    token.logprob = (target.z - total.max) - log_sum;
-    token.entropy = log_sum - total.weighted / total.sum;
-    outputs.logprobs[n] = static_cast<float>(token.logprob);
-    outputs.entropy[n] = static_cast<float>(token.entropy);
+    token.logprob = outputs.logprobs[n];
+    token.entropy = outputs.entropy[n];
     losses[n] = token_loss(token, spec);
     if (!out) return;
     if (!losses[n].has_gradient()) {

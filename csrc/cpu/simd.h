@@ -194,7 +194,7 @@ inline float largest_column(Floats value) {
 constexpr float kExpIsZero = -88.03f;
 
 // exp(x) for kExpIsZero <= x <= 88, NaN for NaN, 1 exactly for 0. Relative error below
-// 1.5e-7 + 1.4e-8 |x| where the result is normal.
+// 1.7e-7 + 1.4e-8 |x| where the result is normal.
 inline Floats exponential(Floats x) {
   // Adding 1.5 * 2^23 rounds x / ln 2 to an integer, found in the low bits plus the bias of 127.
   constexpr float kRound = 0x1.8p23f + 127.0f;
