@@ -165,11 +165,11 @@ class LossOptions:
 class OptimizerOptions:
     """The updates: AdamW (betas 0.9, 0.95) at a constant learning rate after a linear warm-up."""
 
-    steps: int = 150
+    steps: int = 120
     """Steps of the run; one step is one rollout and its updates."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """Learning rate after the warm-up."""
-    warmup_updates: int = 0
+    warmup_updates: int = 20
     """Optimizer updates over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
