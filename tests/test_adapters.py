@@ -115,6 +115,7 @@ def test_verl_linear_cross_entropy_matches_pytorch(reduction: str) -> None:
 
 def sharded_linear_cross_entropy(rank: int, port: int) -> None:
     """One of two ranks, each with half of the vocabulary."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     hidden, weight, labels = head()
     weight = weight.detach()[:36].requires_grad_()
@@ -279,8 +280,7 @@ def test_verl_sapo_and_cispo_match_the_papers() -> None:
 @pytest.mark.parametrize("name", verl.POLICY_LOSSES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("info", INFOS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-def test_verl_losses_match_verl(name: str, mode: str, info: str, weighted: bool) -> None:
+def test_verl_losses_match_verl(name: str, mode: str, info: str) -> None:
     real("verl.trainer.ppo.core_algos")
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import ActorConfig
@@ -303,7 +303,7 @@ def test_verl_losses_match_verl(name: str, mode: str, info: str, weighted: bool)
             response_mask=batch.mask,
             loss_agg_mode=mode,
             config=config,
-            rollout_is_weights=batch.weights if weighted else None,
+            rollout_is_weights=batch.weights if info == "global" else None,
         )
         for registered in (f"onepass_{name}", name)
     ]

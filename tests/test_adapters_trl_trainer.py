@@ -136,6 +136,7 @@ SUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"advantages": torch.linspace(-1, 1, BATCH_SIZE * NUM_POSITIONS).view(BATCH_SIZE, -1)},
     ),
     "accumulated": ({"loss_type": "grpo", "gradient_accumulation_steps": 2}, {}),
+    "float32-head": ({"loss_type": "grpo", "cast_lm_head_to_fp32": True}, {}),
     "bnpo": ({"loss_type": "bnpo"}, {}),
     "dr_grpo": ({"loss_type": "dr_grpo"}, {}),
     "dapo": ({"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1}, {}),
@@ -222,13 +223,54 @@ def test_sampler_correction_matches_trl(mode: str, model_dir: Path, tmp_path: Pa
 def test_batch_without_scored_tokens_has_zero_loss_and_gradient(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(FusedTrainer, model_dir, make_config(tmp_path, loss_type="grpo"))
-    trainer.current_gradient_accumulation_steps = 1
+    trainer = make_training(FusedTrainer, model_dir, make_config(tmp_path, loss_type="grpo"))
     inputs = loss_inputs()
     inputs["tool_mask"] = torch.zeros_like(inputs["tool_mask"])
     loss, gradients = loss_and_gradients(trainer, inputs)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+def make_trainer_of(kind: Callable[..., Any], model: Any, model_dir: Path, config: Any) -> Any:
+    """A trainer of a model in memory, without a reference model."""
+    return kind(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["w1 w2"] * 8}),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),
+    )
+
+
+def test_soft_capped_logits_with_bias_match_trl(model_dir: Path, tmp_path: Path) -> None:
+    trainers = []
+    for kind in (trl.GRPOTrainer, FusedTrainer):
+        model = LlamaForCausalLM.from_pretrained(model_dir)
+        model.config.final_logit_softcapping = 2.0
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(WORDS)))
+        config = make_config(tmp_path, loss_type="grpo")
+        trainers.append(make_trainer_of(kind, model, model_dir, config))
+    assert_same_loss(*trainers, loss_inputs())
+
+
+def test_bfloat16_autocast_is_no_worse_than_trls(model_dir: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, loss_type="grpo")
+    _, exact = loss_and_gradients(make_training(trl.GRPOTrainer, model_dir, config), loss_inputs())
+    config = make_config(tmp_path, loss_type="grpo", bf16=True)
+    errors = []
+    for kind in (FusedTrainer, trl.GRPOTrainer):
+        _, gradients = loss_and_gradients(make_training(kind, model_dir, config), loss_inputs())
+        pairs = [(gradients[name] - exact[name], exact[name]) for name in exact]
+        errors.append(sum(d.norm() for d, _ in pairs) / sum(want.norm() for _, want in pairs))
+    assert errors[0] <= 1.1 * errors[1] < 0.1
+
+
+def make_training(kind: Callable[..., Any], model_dir: Path, config: Any) -> Any:
+    """A trainer in the state in which TRL calls its loss."""
+    trainer = make_trainer(kind, model_dir, config)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
+    return trainer
 
 
 def test_evaluation_matches_trl(model_dir: Path, tmp_path: Path) -> None:
@@ -349,10 +391,4 @@ def test_model_with_scaled_logits_is_refused(model_dir: Path, tmp_path: Path) ->
     model = LlamaForCausalLM.from_pretrained(model_dir)
     model.config.logit_scale = 0.5
     with pytest.raises(ValueError, match="logit_scale: expected logits without a factor, got 0.5"):
-        FusedTrainer(
-            model=model,
-            reward_funcs=reward,
-            args=make_config(tmp_path),
-            train_dataset=Dataset.from_dict({"prompt": ["w1"] * 8}),
-            processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),
-        )
+        make_trainer_of(FusedTrainer, model, model_dir, make_config(tmp_path))

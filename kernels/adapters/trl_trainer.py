@@ -214,7 +214,8 @@ def attach_loss_head(model: Any) -> None:
             return plain_forward(*args, **kwargs)
         # Wrappers (PEFT) hand on None for every argument that was not given.
         given = {name: value for name, value in kwargs.items() if value is not None}
-        hidden_BLD = self.base_model(*args, **given, use_cache=False).last_hidden_state
+        given["use_cache"] = False
+        hidden_BLD = self.base_model(*args, **given).last_hidden_state
         return onepass_loss(hidden_BLD, self.get_output_embeddings())
 
     model.forward = types.MethodType(forward, model)
