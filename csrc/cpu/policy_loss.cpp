@@ -165,7 +165,7 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
       if (out) std::memset(out, 0, outputs.grad->row_bytes());
       return;
     }
-    const Row row = row_of(logits, scale, n);
+    const Row row = row_of(logits, scale, n, next);
     const TargetLogit target = target_logit(read_column(logits, n, id), row, kernels);
     float* room = keep_in_grad ? static_cast<float*>(out) : &kept[slot * kept_columns];
     const RowTrace trace = {keep ? room : nullptr, &bases[slot * blocks]};
@@ -185,13 +185,8 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
       std::memset(out, 0, outputs.grad->row_bytes());
       return;
     }
-    const RowGrad grad = {out,
-                          total.max,
-                          log_sum,
-                          token.entropy,
-                          losses[n].slope_logprob,
-                          losses[n].slope_entropy,
-                          next < 0 ? nullptr : logits.row(next)};
+    const RowGrad grad = {
+        out, total.max, log_sum, token.entropy, losses[n].slope_logprob, losses[n].slope_entropy};
     backward(row, trace, grad);
     write_column(*outputs.grad, n, id, target_gradient(target, grad));
   });

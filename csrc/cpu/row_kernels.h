@@ -20,6 +20,8 @@ struct Row {
   int64_t width;
   float inv_temperature;
   float softcap;
+  // The row that this thread reads next, brought into the cache on the way; null: none.
+  const void* next;
 };
 
 // What the forward loop leaves for the backward loop.
@@ -42,7 +44,6 @@ struct RowGrad {
   double entropy;
   double coef_logprob;
   double coef_entropy;
-  const void* next_logits;  // the row that this thread reads next, brought into the cache; or null
 };
 
 struct RowKernels {

@@ -64,6 +64,13 @@ float block_max(const Element* x, int64_t count, const Transform<kScaling>& tran
   return largest_column(max[0]);
 }
 
+template <class Element>
+void prefetch(const Element* from, int64_t count) {
+  for (int64_t j = 0; j < count; j += kCacheLine / int64_t{sizeof(Element)}) {
+    __builtin_prefetch(from + j, 0, 2);
+  }
+}
+
 struct BlockSum {
   Floats sum[kSums];
   Floats weighted[kSums];
@@ -83,11 +90,12 @@ struct BlockSum {
 
 template <class Element, Scaling kScaling, bool kKeep>
 void sum_block(const Element* x, int64_t count, const Transform<kScaling>& transform, float* kept,
-               OnlineSoftmax<double>& total) {
+               const Element* ahead, OnlineSoftmax<double>& total) {
   const Floats base = splat(total.base());
   BlockSum block;
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
+    if (ahead) prefetch(ahead + j, kStep);
     for (int k = 0; k < kUnroll; ++k) {
       const int64_t at = j + k * kColumns;
       const Floats e = block.add(k % kSums, transform(load(x + at)) - base);
@@ -117,6 +125,7 @@ template <class Element, Scaling kScaling, bool kKeep>
 OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
   const Transform<kScaling> transform(row);
   const Element* x = static_cast<const Element*>(row.logits);
+  const Element* ahead = static_cast<const Element*>(row.next);
   OnlineSoftmax<double> total;
   for (int64_t start = 0; start < row.width; start += kBlockColumns) {
     const int64_t left = row.width - start;
@@ -124,7 +133,8 @@ OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
     total.raise_max(block_max(x + start, count, transform));
     if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     float* kept = kKeep ? trace.exponentials + start : nullptr;
-    sum_block<Element, kScaling, kKeep>(x + start, count, transform, kept, total);
+    sum_block<Element, kScaling, kKeep>(x + start, count, transform, kept,
+                                        ahead ? ahead + start : nullptr, total);
   }
   return total;
 }
@@ -205,14 +215,6 @@ void map_block(const Columns& columns, const Source* x, Element* out, int64_t co
   }
 }
 
-template <class Element>
-void prefetch_block(const void* row, int64_t start, int64_t count) {
-  const char* from = static_cast<const char*>(row) + start * sizeof(Element);
-  for (int64_t at = 0; at < count * int64_t{sizeof(Element)}; at += kCacheLine) {
-    __builtin_prefetch(from + at, 0, 2);
-  }
-}
-
 template <class Element, Scaling kScaling, bool kEntropy>
 void backward_as(const Row& row, const RowTrace& trace, const RowGrad& grad) {
   const Transform<kScaling> transform(row);
@@ -223,7 +225,6 @@ void backward_as(const Row& row, const RowTrace& trace, const RowGrad& grad) {
   for (int64_t start = 0; start < row.width; start += kBlockColumns) {
     const int64_t left = row.width - start;
     const int64_t count = left < kBlockColumns ? left : kBlockColumns;
-    if (grad.next_logits) prefetch_block<Element>(grad.next_logits, start, count);
     const double base = trace.bases ? trace.bases[start / kBlockColumns] : grad.row_max;
     const double log_scale = base - grad.row_max - grad.log_sum;
     const double scale = factor * exp(log_scale);

@@ -9,14 +9,14 @@ void row_stats(const LogitsView& logits, const int64_t* token_ids, const RowScal
   const RowKernels& kernels = row_kernels();
   const auto forward = kernels.forward[static_cast<int>(logits.dtype)];
   const int64_t rows = logits.num_rows();
-  for_each_row(logits, threads_for(logits, threads), [&](int, int64_t n, int64_t) {
+  for_each_row(logits, threads_for(logits, threads), [&](int, int64_t n, int64_t next) {
     const int64_t id = token_ids[n];
     OnlineSoftmax<double> total;
     total.max = 0.0f;
     total.sum = 1.0;
     float target = 0.0f;
     if (id != kIgnoredId) {
-      const Row row = row_of(logits, scale, n);
+      const Row row = row_of(logits, scale, n, next);
       total = forward(row, {});
       if (std::isnan(total.sum)) total.max = NAN;
       if (id >= 0)
@@ -40,14 +40,9 @@ void grad_logits(const LogitsView& logits, const int64_t* token_ids, const RowSc
       std::memset(out.row(n), 0, out.row_bytes());
       return;
     }
-    const Row row = row_of(logits, scale, n);
-    const RowGrad grad = {out.row(n),
-                          inputs.row_max[n],
-                          inputs.log_sum[n],
-                          inputs.entropy[n],
-                          inputs.coef_logprob[n],
-                          inputs.coef_entropy[n],
-                          next < 0 ? nullptr : logits.row(next)};
+    const Row row = row_of(logits, scale, n, next);
+    const RowGrad grad = {out.row(n),        inputs.row_max[n],      inputs.log_sum[n],
+                          inputs.entropy[n], inputs.coef_logprob[n], inputs.coef_entropy[n]};
     TargetLogit target;
     if (id >= 0) target = target_logit(read_column(logits, n, id), row, kernels);
     backward(row, {}, grad);
