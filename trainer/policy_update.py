@@ -137,7 +137,7 @@ class PolicyUpdate:
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
         self.config, self.spec, self.world = config, config.loss_spec, world
 
-    def __call__(self, samples: Sequence[UpdateSample], step: int) -> dict[str, float]:
+    def __call__(self, samples: Sequence[UpdateSample], step: int) -> dict[str, float | None]:
         """Makes the step's updates; returns its metrics, means over tokens or over updates.
 
         Raises:
@@ -372,7 +372,7 @@ def _packed(
     return torch.from_numpy(packed).to(batch.target_ids_N.device)
 
 
-def _mean_over_updates(per_update: Sequence[dict[str, float]]) -> dict[str, float]:
+def _mean_over_updates(per_update: Sequence[dict[str, float]]) -> dict[str, float | None]:
     return {
         name: sum(metrics[name] for metrics in per_update) / len(per_update)
         for name in per_update[0]

@@ -112,6 +112,8 @@ def start_run(
     if checkpoint is not None:
         restore_optimizer(checkpoint, policy, optimizer)
     completed = 0 if checkpoint is None else step_of(checkpoint)
+    if completed:
+        log.message(f"going on after step {completed}")
     return Run(
         config=config,
         world=world,

@@ -60,8 +60,7 @@ def train(run: Run) -> None:
     config = run.config
     policy_update = PolicyUpdate(run.policy, run.reference, run.optimizer, config, run.world)
     if run.completed == 0:
-        metrics, held_out = evaluate_step(run, step=0)
-        run.log.log_step(0, metrics, eval_samples=held_out)
+        evaluate_and_log(run, 0, {}, [])
     for step in range(run.completed + 1, config.optimizer.steps + 1):
         clock = PhaseClock(run.log)
         with clock.phase("rollout"):
@@ -75,16 +74,8 @@ def train(run: Run) -> None:
             run.sampler.load_weights(full_tensors(run.policy.weights()))
             reset_reference_if_due(run, step)
         run.completed = step
-        metrics = {**sample_metrics(scored_PG), **update_metrics, **clock.seconds}
-        metrics["tokens_per_second"] = count_tokens(scored_PG) / sum(clock.seconds.values())
-        held_out = []
-        if run.is_due(step, config.evaluation.eval_every):
-            eval_metrics, held_out = evaluate_step(run, step)
-            metrics |= eval_metrics
-        records = [run.prompter.record(one) for group in scored_PG for one in group]
-        run.log.log_step(step, metrics, samples=records, eval_samples=held_out)
-        if held_out and run.world.is_main:
-            write_page(config.run_folder)
+        metrics = sample_metrics(scored_PG) | clock.metrics(count_tokens(scored_PG))
+        evaluate_and_log(run, step, metrics | update_metrics, scored_PG)
         if run.is_due(step, config.checkpoint.save_every):
             run.save()
         stop_if_asked(run)
@@ -104,6 +95,10 @@ class PhaseClock:
         started = time.perf_counter()
         yield
         self.seconds[f"seconds/{name}"] = time.perf_counter() - started
+
+    def metrics(self, tokens: int) -> dict[str, float | None]:
+        """The seconds, and the rate of completion tokens over all phases."""
+        return {**self.seconds, "tokens_per_second": tokens / sum(self.seconds.values())}
 
 
 def sample_step(run: Run, step: int) -> tuple[list[Problem], list[list[Completion]]]:
@@ -149,11 +144,25 @@ def with_advantages(
     ]
 
 
-def evaluate_step(run: Run, step: int) -> tuple[dict[str, float | None], list[Sample]]:
-    """Metrics and completions of the held-out problems under the sampler's weights."""
-    run.log.phase("eval")
-    metrics, scored = evaluate(run.sampler, run.prompter, run.held_out, run.config, run.world, step)
-    return metrics, [run.prompter.record(one) for one in scored]
+def evaluate_and_log(
+    run: Run,
+    step: int,
+    metrics: dict[str, float | None],
+    scored_PG: Sequence[Sequence[ScoredCompletion]],
+) -> None:
+    """Writes down a step, with an evaluation on the held-out problems when one is due."""
+    held_out: list[Sample] = []
+    if run.is_due(step, run.config.evaluation.eval_every):
+        run.log.phase("eval")
+        eval_metrics, scored = evaluate(
+            run.sampler, run.prompter, run.held_out, run.config, run.world, step
+        )
+        metrics = metrics | eval_metrics
+        held_out = [run.prompter.record(one) for one in scored]
+    trained_on = [run.prompter.record(one) for group in scored_PG for one in group]
+    run.log.log_step(step, metrics, samples=trained_on, eval_samples=held_out)
+    if held_out and run.world.is_main:
+        write_page(run.config.run_folder)
 
 
 def reset_reference_if_due(run: Run, step: int) -> None:
@@ -176,7 +185,8 @@ def stop_if_asked(run: Run) -> None:
     """
     if any_rank(run.world, run.stop.requested):
         run.save()
-        raise InterruptedRunError(f"interrupted and saved after step {run.completed}")
+        state = f"saved after step {run.completed}" if run.completed else "no step was complete"
+        raise InterruptedRunError(f"interrupted, {state}")
 
 
 def run_to_the_end(config: TrainConfig) -> None:
