@@ -223,7 +223,7 @@ def test_pretraining_lowers_the_loss_and_leaves_the_random_state():
     assert len(losses) == SMALL.steps
     # A model that knows nothing has the entropy of the vocabulary.
     assert losses[0] == pytest.approx(math.log(len(tokenizer)), rel=0.1)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
