@@ -52,6 +52,7 @@ def flags(inputs: Path, run_dir: Path, **changed: object) -> list[str]:
         "save_every": 2,
         "minibatches": 2,
         "learning_rate": 5e-3,
+        "warmup_updates": 0,
         "loss": "grpo",
         "kl": "k3",
         "kl_weight": 0.01,
