@@ -46,9 +46,11 @@ class World:
         return items[bounds[0] : bounds[1]]
 
 
-def start_world() -> World:
-    """Joins the processes that torchrun started, or stands alone; deterministic algorithms from
-    here on."""
+def start_world(cpu_threads: int | None) -> World:
+    """Joins the processes that torchrun started, or stands alone; deterministic algorithms, and so
+    many threads, from here on."""
+    if cpu_threads is not None:
+        torch.set_num_threads(cpu_threads)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -198,7 +198,7 @@ def run_to_the_end(config: TrainConfig) -> None:
     """
     # A bar for every checkpoint would tear the run's own progress line apart.
     transformers.utils.logging.disable_progress_bar()
-    world, folder = start_world(), config.run_folder
+    world, folder = start_world(config.cpu_threads), config.run_folder
     with ExitStack() as stack:
         stack.callback(stop_world)
         from_main_rank(world, lambda: stack.enter_context(claim_run_folder(config)) and None)
