@@ -13,7 +13,7 @@ namespace onepass {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr int kSums = 2;
+constexpr int kSums = 1;
 constexpr int64_t kStep = int64_t{kUnroll} * kColumns;
 constexpr int kCacheLine = 64;
 

@@ -66,6 +66,7 @@ struct Floats {
 
 inline Floats splat(float value) { return {broadcast(value), broadcast(value)}; }
 inline Floats operator+(Floats a, Floats b) { return {a.first + b.first, a.second + b.second}; }
+inline Floats operator-(Floats a) { return {-a.first, -a.second}; }
 inline Floats operator-(Floats a, Floats b) { return {a.first - b.first, a.second - b.second}; }
 inline Floats operator*(Floats a, Floats b) { return {a.first * b.first, a.second * b.second}; }
 inline Floats operator/(Floats a, Floats b) { return {a.first / b.first, a.second / b.second}; }
@@ -203,7 +204,7 @@ inline Floats exponential(Floats x) {
   const Floats power = {(Vector)((Bits)shifted.first << 23), (Vector)((Bits)shifted.second << 23)};
   const Floats count = shifted - splat(kRound);
 #if ONEPASS_HAS_FMA
-  const Floats f = fused(x, splat(kInverseLn2), splat(0.0f) - count);
+  const Floats f = fused(x, splat(kInverseLn2), -count);
 #else
   // ln 2 in two parts, the first short enough that its products are exact.
   const Floats r = x - count * splat(0.693359375f) + count * splat(2.12194440e-4f);
