@@ -94,8 +94,8 @@ void bind_policy_loss(py::module_& module) {
       "policy_loss",
       [](const LogitsView& logits, const RowScale& scale, const LossSpec& spec, uintptr_t token_ids,
          uintptr_t offsets, int64_t num_sequences, uintptr_t old_logprobs, uintptr_t ref_logprobs,
-         uintptr_t sampler_logprobs, uintptr_t advantages, bool advantages_per_token,
-         uintptr_t rewards, int64_t group_size, double denominator, uintptr_t loss,
+         uintptr_t sampler_logprobs, uintptr_t advantages, uintptr_t rewards,
+         int64_t group_size, double denominator, uintptr_t loss,
          uintptr_t logprobs, uintptr_t entropy, uintptr_t metrics, const LogitsView* grad,
          int threads) {
         const int64_t* bounds = pointer<const int64_t>(offsets);
@@ -109,7 +109,6 @@ void bind_policy_loss(py::module_& module) {
                                    pointer<const double>(ref_logprobs),
                                    pointer<const double>(sampler_logprobs),
                                    pointer<const double>(advantages),
-                                   advantages_per_token,
                                    pointer<const double>(rewards),
                                    group_size,
                                    denominator};
@@ -120,7 +119,7 @@ void bind_policy_loss(py::module_& module) {
       py::call_guard<py::gil_scoped_release>(), py::arg("logits"), py::arg("scale"),
       py::arg("spec"), py::kw_only(), py::arg("token_ids"), py::arg("offsets"),
       py::arg("num_sequences"), py::arg("old_logprobs"), py::arg("ref_logprobs"),
-      py::arg("sampler_logprobs"), py::arg("advantages"), py::arg("advantages_per_token"),
+      py::arg("sampler_logprobs"), py::arg("advantages"),
       py::arg("rewards"), py::arg("group_size"), py::arg("denominator"), py::arg("loss"),
       py::arg("logprobs"), py::arg("entropy"), py::arg("metrics"), py::arg("grad").none(true),
       py::arg("threads"));

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.backends import select_backend
 from kernels.linear import Head
-from kernels.reference import IGNORED, TokenBatch, compute_dtype
+from kernels.reference import IGNORED, TokenBatch, compute_dtype, segment_index
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec
 
@@ -181,14 +181,17 @@ def checked_batch(
                 f"advantages: expected shape [{num_sequences}] or {list(rows.shape)}, "
                 f"got {list(advantages.shape)}"
             )
-        advantages = advantages.detach().reshape(-1)
+        advantages = advantages.detach()
+        if advantages.shape == (num_sequences,):
+            advantages = advantages[segment_index(offsets, len(rows.token_ids_N))]
+        advantages = advantages.reshape(-1)
     return TokenBatch(
         token_ids_N=localize(rows.token_ids_N, vocab),
         offsets=offsets,
         old_logprobs_N=flat["old_logprobs_N"],
         ref_logprobs_N=flat["ref_logprobs_N"],
         sampler_logprobs_N=flat["sampler_logprobs_N"],
-        advantages=advantages,
+        advantages_N=advantages,
         rewards_S=None if rewards is None else rewards.detach(),
         group_size=group_size,
         denominator=denominator,

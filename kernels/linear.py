@@ -29,6 +29,11 @@ from kernels.spec import LossSpec
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Autocast would round the logits, and mix dtypes in backward."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """An LM head and how its logits become log-probs."""
@@ -55,10 +60,11 @@ class Head:
         """Logits [n, W] in float32 (float64 for float64 hidden states), never rounded below."""
         weight_WD = self.weight_WD[: self.width]
         dtype = reference.compute_dtype(hidden_ND)
-        if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
-            logits_NW = torch.mm(hidden_ND, weight_WD.t(), out_dtype=dtype)
-        else:
-            logits_NW = hidden_ND.to(dtype) @ weight_WD.to(dtype).t()
+        with without_autocast(hidden_ND.device):
+            if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
+                logits_NW = torch.mm(hidden_ND, weight_WD.t(), out_dtype=dtype)
+            else:
+                logits_NW = hidden_ND.to(dtype) @ weight_WD.to(dtype).t()
         if self.bias_W is not None:
             logits_NW += self.bias_W[: self.width]
         return logits_NW
@@ -79,6 +85,10 @@ class Gradients:
 
     def add(self, grad_logits_NW: Tensor, hidden_ND: Tensor, rows: slice | Tensor) -> None:
         """Adds the part of tokens `rows`, whose hidden states and logit gradients are given."""
+        with without_autocast(hidden_ND.device):
+            self._add(grad_logits_NW, hidden_ND, rows)
+
+    def _add(self, grad_logits_NW: Tensor, hidden_ND: Tensor, rows: slice | Tensor) -> None:
         width = self.head.width
         if self.bias_W is not None:
             self.bias_W[:width] += grad_logits_NW.sum(dim=0)
@@ -220,17 +230,16 @@ class LinearPolicyLossFunction(torch.autograd.Function):
                     (coefficients[0], coefficients[1]),
                 )
         gradients.reduce_hidden()
-        metrics = reference.loss_metrics(*rows_4N.unbind(), batch, terms, spec)
+        logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N = rows_4N.unbind()
+        metrics = reference.loss_metrics(
+            logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
+        )
         ctx.gradients = [
-            None if grad is None else grad.to(leaf.dtype)
-            for grad, leaf in (
-                (gradients.hidden_ND, hidden_ND),
-                (gradients.weight_WD, weight_WD),
-                (gradients.bias_W, bias_W),
-            )
+            None if grad is None else grad.to(hidden_ND.dtype)
+            for grad in (gradients.hidden_ND, gradients.weight_WD, gradients.bias_W)
         ]
         ctx.backend = head.backend
-        outputs = loss.to(dtype), rows_4N[0].to(dtype), rows_4N[1].to(dtype), metrics
+        outputs = loss.to(dtype), logprobs_N.to(dtype), entropy_N.to(dtype), metrics
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

@@ -203,7 +203,7 @@ def policy_loss(
             batch.old_logprobs_N,
             batch.ref_logprobs_N,
             batch.sampler_logprobs_N,
-            batch.advantages,
+            batch.advantages_N,
             batch.rewards_S,
         )
     )
@@ -221,7 +221,6 @@ def policy_loss(
         ref_logprobs=_address(ref),
         sampler_logprobs=_address(sampler),
         advantages=_address(advantages),
-        advantages_per_token=advantages is not None and len(advantages) == num_tokens,
         rewards=_address(rewards),
         group_size=batch.group_size or 0,
         denominator=0.0 if batch.denominator is None else float(batch.denominator),

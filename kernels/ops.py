@@ -375,7 +375,8 @@ def linear_policy_loss(
         spec,
         chunk_tokens or linear.default_chunk_tokens(head),
     )
-    return named_loss(*outputs, token_ids.shape)
+    loss, logprobs_N, entropy_N, metrics = outputs
+    return named_loss(loss, logprobs_N, entropy_N, metrics, token_ids.shape)
 
 
 def named_loss(

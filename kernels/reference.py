@@ -52,8 +52,7 @@ class TokenBatch:
     old_logprobs_N: Tensor | None = None
     ref_logprobs_N: Tensor | None = None
     sampler_logprobs_N: Tensor | None = None
-    advantages: Tensor | None = None
-    """[S] or [N]."""
+    advantages_N: Tensor | None = None
     rewards_S: Tensor | None = None
     """Raw rewards, normalised within groups of `group_size` consecutive sequences."""
     group_size: int | None = None
@@ -285,10 +284,8 @@ def token_terms(batch: TokenBatch, spec: LossSpec) -> TokenTerms:
             eps=spec.advantage_eps,
         )[sequence_N]
     else:
-        assert batch.advantages is not None
-        advantages = batch.advantages.double()
-        # One value a token where the counts agree both ways: a sequence then is one token.
-        advantages = advantages if len(advantages) == num_tokens else advantages[sequence_N]
+        assert batch.advantages_N is not None
+        advantages = batch.advantages_N.double()
 
     def neutral(logprobs_N: Tensor | None) -> Tensor | None:
         return None if logprobs_N is None else torch.where(active_N, logprobs_N.double(), 0.0)

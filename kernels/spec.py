@@ -6,7 +6,7 @@ come from the papers named beside them.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo", "reinforce"]
 RatioLevel = Literal["token", "sequence"]
@@ -161,7 +161,7 @@ class LossSpec:
             ValueError: an unknown preset; the message names the known ones.
         """
         check_choice("LossSpec.preset", name, tuple(PRESETS))
-        return replace(PRESETS[name], **overrides)
+        return cast(Self, replace(PRESETS[name], **overrides))
 
     @property
     def needs_sampler_logprobs(self) -> bool:

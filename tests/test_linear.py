@@ -116,6 +116,19 @@ def test_bfloat16_logits_are_not_rounded_before_the_loss(backend: str, device: s
     torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=0)
 
 
+def test_autocast_changes_nothing(backend: str, device: str) -> None:
+    values = problem(device)
+    ids = grpo_batch(48, 211, torch.float32, device=device).token_ids_N
+    results = []
+    for enabled in (False, True):
+        hidden, weight, bias = leaves(*values)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            out = kernels.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend)
+            out.logprobs.sum().backward()
+        results.append((out.logprobs, hidden.grad, weight.grad, bias.grad))
+    assert all(torch.equal(plain, under) for plain, under in zip(*results, strict=True))
+
+
 def test_gradient_is_handed_out_once(backend: str, device: str) -> None:
     hidden, weight, _ = problem(device)
     arguments = dict(loss_arguments(device, backend), spec=SPECS["gspo"])

@@ -160,10 +160,10 @@ def test_temperature_and_softcap_match_specification(
 
 def test_given_advantages_match_specification() -> None:
     logits_OIW, batch = random_batch()
-    for advantages in (torch.linspace(-1, 1, len(LENGTHS)), torch.linspace(-1, 1, NUM_TOKENS)):
-        given = replace(batch, rewards_S=None, group_size=None, advantages=advantages)
-        args = (logits_OIW, given, SPECS["k3"])
-        assert_matches(run(*args), specified(*args), torch.float32)
+    advantages_N = torch.linspace(-1, 1, NUM_TOKENS)
+    given = replace(batch, rewards_S=None, group_size=None, advantages_N=advantages_N)
+    args = (logits_OIW, given, SPECS["k3"])
+    assert_matches(run(*args), specified(*args), torch.float32)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum", "sum"])
@@ -265,7 +265,7 @@ def test_overflowing_ratio_leaves_zero_gradient_where_clipped_or_without_advanta
         token_ids_N=torch.zeros(3, dtype=torch.int64),
         offsets=torch.arange(4),
         old_logprobs_N=torch.full((3,), -2000.0),
-        advantages=torch.tensor([0.0, 1.0, -1.0]),
+        advantages_N=torch.tensor([0.0, 1.0, -1.0]),
     )
     fused, grad_OIW = run(logits_OIW, batch, LossSpec(dual_clip=3.0))
     assert torch.equal(grad_OIW, torch.zeros_like(grad_OIW))
@@ -284,7 +284,7 @@ def test_nothing_active_gives_zero() -> None:
 
 def test_offsets_must_cover_the_rows() -> None:
     logits_OIW, batch = random_batch()
-    batch = replace(batch, offsets=batch.offsets[:-1], rewards_S=None, advantages=torch.ones(7))
+    batch = replace(batch, offsets=batch.offsets[:-1], rewards_S=None, advantages_N=torch.ones(7))
     with pytest.raises(ValueError, match=r"offsets\[-1\]: expected 24, got 21"):
         run(logits_OIW, batch, SPECS["grpo"])
 

@@ -452,6 +452,23 @@ def test_upstream_gradient_scales_the_result(backend: str, device: str) -> None:
     torch.testing.assert_close(three.grad, 3 * one.grad, rtol=1e-6, atol=0)
 
 
+def test_advantages_belong_to_sequences_even_where_tokens_are_as_many(
+    backend: str, device: str
+) -> None:
+    # Two sequences, none and two tokens long: both tokens belong to the second.
+    logprobs = [-1.0, -2.0]
+    out = kernels.policy_loss(
+        logits_with_logprobs(logprobs, 9, torch.float32).to(device),
+        torch.zeros(2, dtype=torch.long, device=device),
+        None,
+        spec=LossSpec(surrogate="reinforce", aggregation="sum"),
+        advantages=torch.tensor([7.0, 3.0], device=device),
+        cu_seqlens=torch.tensor([0, 0, 2], device=device),
+        backend=backend,
+    )
+    assert out.loss.item() == pytest.approx(9.0, rel=1e-5)
+
+
 def test_raw_rewards_equal_their_advantages(backend: str, device: str) -> None:
     batch = grpo_batch(24, 101, torch.float32, device=device)
     for scale in ("group", "batch", "none"):

@@ -239,7 +239,7 @@ def token_batch(*, on_policy: bool = False) -> TokenBatch:
         old_logprobs_N=None if on_policy else old_N,
         ref_logprobs_N=ref_N,
         sampler_logprobs_N=sampler_N,
-        advantages=torch.tensor([1.0, 0.5, -1.0, -0.7], device=DEVICE),
+        advantages_N=torch.tensor([1.0, 0.5, -1.0, -0.7], device=DEVICE),
     )
 
 

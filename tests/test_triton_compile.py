@@ -55,7 +55,7 @@ def launch(kernel: str, dtype: torch.dtype, width: int, tokens: int = 4, **chang
         old_logprobs_N=None if kernel == "full" else values_N,
         ref_logprobs_N=values_N,
         sampler_logprobs_N=values_N if kernel == "full" else None,
-        advantages=values_N,
+        advantages_N=values_N,
     )
     if kernel == "row_stats":
         triton_backend.row_stats(logits_OIW, ids_N, 1.0, 0.0)

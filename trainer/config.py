@@ -244,8 +244,8 @@ class TrainConfig:
     run_dir: Path | None = None
     """Where everything is written; None stands for runs/<preset>-seed<seed>."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; weights are always updated in float32. A CPU without instructions for
-    bfloat16 is a hundred times slower with it."""
+    """Type of the computation; weights are always updated in float32. A CPU without instructions
+    for bfloat16 is a hundred times slower with it."""
     backend: str = "auto"
     """Backend of kernels.policy_loss: auto, reference, cpp, triton or cuda."""
     cpu_threads: int | None = None
@@ -376,9 +376,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             checkpoint=CheckpointOptions(save_every=5),
         ),
     ),
-    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout. The
-    # number of steps is not stated; 20 passes over the 8,523 problems of MATH, levels 3 to 5, would
-    # be 1,331.
+    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout.
+    # The number of steps is not stated; 20 passes over the 8,523 problems of MATH, levels 3 to 5,
+    # would be 1,331.
     "dr-grpo-7b": (
         "The recipe of Dr. GRPO for Qwen2.5-Math-7B; give --dataset (MATH, levels 3 to 5).",
         TrainConfig(

@@ -214,9 +214,11 @@ def _accumulate_gradient(
     """
     answer_tokens = sum(len(ids) - ids.index(prompt_end_id) - 1 for ids in documents)
     half = len(documents) // 2
+    pad_id = model.config.pad_token_id
+    assert pad_id is not None
     total = 0.0
     for part in (documents[:half], documents[half:]):
-        ids_BT, targets_BT = _padded(part, prompt_end_id, int(model.config.pad_token_id))
+        ids_BT, targets_BT = _padded(part, prompt_end_id, pad_id)
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         loss = F.cross_entropy(
             logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=_IGNORED, reduction="sum"

@@ -38,7 +38,7 @@ double value_or_zero(const double* values, int64_t n) { return values ? values[n
 
 // What each token's loss depends on besides its logits; ignored tokens keep weight 0.
 std::vector<Token> resolve_tokens(const PolicyBatch& batch, const LossSpec& spec,
-                                  const double* sequence_advantages) {
+                                  const SequenceAdvantages& of_rewards) {
   const int64_t num_tokens = batch.offsets[batch.num_sequences];
   int64_t active = 0;
   for (int64_t n = 0; n < num_tokens; ++n) active += batch.token_ids[n] != kIgnoredId;
@@ -54,7 +54,7 @@ std::vector<Token> resolve_tokens(const PolicyBatch& batch, const LossSpec& spec
     for (int64_t n = batch.offsets[i]; n < batch.offsets[i + 1]; ++n) {
       if (batch.token_ids[n] == kIgnoredId) continue;
       Token& token = tokens[n];
-      token.advantage = batch.advantages_per_token ? batch.advantages[n] : sequence_advantages[i];
+      token.advantage = batch.rewards ? of_rewards.values[i] : batch.advantages[n];
       token.has_old = batch.old_logprobs != nullptr;
       token.has_ref = batch.ref_logprobs != nullptr;
       token.has_sampler = batch.sampler_logprobs != nullptr;
@@ -135,12 +135,8 @@ void reduce(const std::vector<TokenLoss>& losses, const PolicyBatch& batch,
 void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBatch& batch,
                  const LossSpec& spec, const PolicyOutputs& outputs, int threads) {
   SequenceAdvantages advantages;
-  const double* sequence_advantages = batch.advantages;
-  if (batch.rewards) {
-    advantages = normalized_advantages(batch, spec);
-    sequence_advantages = advantages.values.data();
-  }
-  std::vector<Token> tokens = resolve_tokens(batch, spec, sequence_advantages);
+  if (batch.rewards) advantages = normalized_advantages(batch, spec);
+  std::vector<Token> tokens = resolve_tokens(batch, spec, advantages);
   std::vector<TokenLoss> losses(tokens.size());
 
   const int used_threads = threads_for(logits, threads);

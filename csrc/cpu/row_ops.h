@@ -26,7 +26,7 @@ void grad_logits(const LogitsView& logits, const int64_t* token_ids, const RowSc
 
 void scale_rows(const LogitsView& grad, float factor, int threads);
 
-// Null where absent. Either rewards and group_size or advantages are given.
+// Null where absent. Either rewards and group_size or advantages, one a token, are given.
 struct PolicyBatch {
   const int64_t* token_ids;
   const int64_t* offsets;  // [num_sequences + 1]
@@ -35,7 +35,6 @@ struct PolicyBatch {
   const double* ref_logprobs;
   const double* sampler_logprobs;
   const double* advantages;
-  bool advantages_per_token;
   const double* rewards;
   int64_t group_size;
   double denominator;  // 0: this batch's own count

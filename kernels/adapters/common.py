@@ -111,7 +111,7 @@ def loss_from_logprobs(
         token_ids_N=torch.where(active_BT, 0, IGNORED).reshape(-1),
         offsets=torch.arange(num_rows + 1, device=active_BT.device) * num_positions,
         old_logprobs_N=old_logprobs_BT.detach().reshape(-1),
-        advantages=advantages_BT.detach().expand(active_BT.shape).reshape(-1),
+        advantages_N=advantages_BT.detach().expand(active_BT.shape).reshape(-1),
         denominator=denominator,
     )
     terms = reference.token_terms(batch, spec)
