@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import token_loss
 from kernels.backends import load_backend
-from kernels.reference import TokenBatch
 from kernels.sharding import VocabShard, merge_row_stats
 from kernels.spec import LossSpec
+from kernels.token_loss import TokenBatch
 
 
 def owned_columns(logits_OIW: Tensor, vocab: VocabShard | None) -> Tensor:
@@ -136,7 +136,7 @@ class PolicyLossFunction(torch.autograd.Function):
         if (
             vocab is None
             and hasattr(module, "policy_loss")
-            and reference.tokens_are_independent(spec, on_policy=on_policy)
+            and token_loss.tokens_are_independent(spec, on_policy=on_policy)
         ):
             fused = module.policy_loss(
                 logits_OIW.detach(), batch, spec, inv_temperature, softcap, out_OIW
@@ -174,16 +174,18 @@ def two_pass_policy_loss(
     backend: str,
     out_OIW: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Any loss, sharded or not: statistics, token loss of `reference`, then the gradient."""
+    """Any loss, sharded or not: statistics, `token_loss`, then the gradient."""
     module = load_backend(backend)
     owned_OIW = owned_columns(logits_OIW, vocab)
     stats_4N = module.row_stats(owned_OIW, batch.token_ids_N, inv_temperature, softcap)
     logprobs_N, entropy_N, max_N, log_sum_N = finish_stats(
         merge_row_stats(stats_4N, batch.token_ids_N, vocab)
     )
-    terms = reference.token_terms(batch, spec)
-    loss, coef_logprob_N, coef_entropy_N = reference.token_loss(logprobs_N, entropy_N, terms, spec)
-    metrics = reference.loss_metrics(
+    terms = token_loss.token_terms(batch, spec)
+    loss, coef_logprob_N, coef_entropy_N = token_loss.loss_and_derivatives(
+        logprobs_N, entropy_N, terms, spec
+    )
+    metrics = token_loss.loss_metrics(
         logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
     )
     if out_OIW is not None:

@@ -13,12 +13,13 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from kernels.reference import FusedLoss, TokenBatch
 from kernels.spec import LossSpec, check_choice
+from kernels.token_loss import FusedLoss, TokenBatch
 
 
 class Backend(Protocol):
-    """The functions of a backend; `reference` documents them, apart from the fused loss."""
+    """The functions of a backend; `reference` and `token_loss` document them, apart from the fused
+    loss."""
 
     def row_stats(
         self,

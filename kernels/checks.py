@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.advantages import segment_index
 from kernels.backends import select_backend
 from kernels.linear import Head
-from kernels.reference import IGNORED, TokenBatch, compute_dtype, segment_index
+from kernels.reference import IGNORED, compute_dtype
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec
+from kernels.token_loss import TokenBatch
 
 
 class Rows(NamedTuple):

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import reference
+from kernels import reference, token_loss
 from kernels.autograd import finish_stats, refuse_double_backward
 from kernels.backends import load_backend
-from kernels.reference import TokenBatch
 from kernels.sharding import VocabShard, merge_row_stats
 from kernels.spec import LossSpec
+from kernels.token_loss import TokenBatch
 
 # Bytes of one chunk of float32 logits. On a GPU a chunk of 4096 tokens hides the read and write of
 # the float32 weight gradient behind the products (roofline in /bench); a CPU has no such need.
@@ -199,8 +199,10 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         hidden_ND = hidden_ND.detach()
         gradients = Gradients(head, hidden_ND, wanted)
-        terms = reference.token_terms(batch, spec)
-        independent = reference.tokens_are_independent(spec, on_policy=batch.old_logprobs_N is None)
+        terms = token_loss.token_terms(batch, spec)
+        independent = token_loss.tokens_are_independent(
+            spec, on_policy=batch.old_logprobs_N is None
+        )
         dtype = reference.compute_dtype(hidden_ND)
         num_tokens = len(hidden_ND)
         # Log-prob, entropy and the two coefficients of every token, for the metrics.
@@ -214,8 +216,10 @@ class LinearPolicyLossFunction(torch.autograd.Function):
             logprobs_N, entropy_N, max_N, log_sum_N = chunk_statistics(
                 head, logits_NW, ids_N, tokens
             )
-            part = reference.slice_terms(terms, tokens.start, tokens.stop, sequences)
-            part_loss, *coefficients = reference.token_loss(logprobs_N, entropy_N, part, spec)
+            part = token_loss.slice_terms(terms, tokens.start, tokens.stop, sequences)
+            part_loss, *coefficients = token_loss.loss_and_derivatives(
+                logprobs_N, entropy_N, part, spec
+            )
             loss += part_loss
             rows_4N[:, tokens] = torch.stack([logprobs_N, entropy_N, *coefficients])
             if any(wanted):
@@ -231,7 +235,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
                 )
         gradients.reduce_hidden()
         logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N = rows_4N.unbind()
-        metrics = reference.loss_metrics(
+        metrics = token_loss.loss_metrics(
             logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
         )
         ctx.gradients = [

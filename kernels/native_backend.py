@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.reference import METRIC_NAMES, FusedLoss, TokenBatch
 from kernels.spec import LossSpec
+from kernels.token_loss import METRIC_NAMES, FusedLoss, TokenBatch
 
 
 def _import_extension(name: str) -> ModuleType | str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import linear, reference
+from kernels import advantages, linear
 from kernels.autograd import PolicyLossFunction, TokenLogprobsFunction
 from kernels.backends import select_backend
 from kernels.checks import (
@@ -23,9 +23,9 @@ from kernels.checks import (
     differentiable,
     inverse_temperature,
 )
-from kernels.reference import METRIC_NAMES
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec, check_choice
+from kernels.token_loss import METRIC_NAMES
 
 
 class TokenLogprobs(NamedTuple):
@@ -49,7 +49,7 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor
     """Entropy in nats, shaped like the token ids; 0 at ignored tokens."""
     metrics: dict[str, Tensor]
-    """0-d float32 tensors on the logits' device, one for each of `reference.METRIC_NAMES`."""
+    """0-d float32 tensors on the logits' device, one for each of `token_loss.METRIC_NAMES`."""
 
 
 def token_logprobs(
@@ -206,8 +206,8 @@ def group_advantages(
     else:
         assert group_size is not None
         check_group_size(group_size, len(rewards))
-        offsets = reference.group_offsets(len(rewards), group_size, rewards.device)
-    advantages_S = reference.normalized_advantages(
+        offsets = advantages.group_offsets(len(rewards), group_size, rewards.device)
+    advantages_S = advantages.normalized_advantages(
         rewards.detach()[order], offsets, scale=scale, ddof=ddof, eps=eps
     )
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
@@ -238,7 +238,7 @@ def policy_loss(
 
     Log-probabilities, entropy, importance ratio, clipping, KL to the reference, group-relative
     advantages, aggregation and the gradient by the logits are computed together, the gradient
-    already in forward. The equations stand in `reference.py`.
+    already in forward. The equations stand in `token_loss.py`.
 
     Args:
         logits, token_ids, temperature, softcap, vocab, backend: as in `token_logprobs`.

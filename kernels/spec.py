@@ -1,8 +1,8 @@
 """`LossSpec`: which policy-gradient loss to compute, as one frozen value.
 
 Every field is checked when the value is made; a misspelt field or choice raises and names the
-choices. What the fields mean, as equations, stands in `reference.py`; the values behind the presets
-come from the papers named beside them.
+choices. What the fields mean, as equations, stands in `token_loss.py`; the values behind the
+presets come from the papers named beside them.
 """
 
 from dataclasses import dataclass, fields, replace

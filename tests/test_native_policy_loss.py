@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import native_backend, reference
-from kernels.reference import IGNORED, METRIC_NAMES, FusedLoss, TokenBatch
+from kernels import advantages, native_backend, reference, token_loss
+from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.testing import eager_policy_loss, grpo_batch
+from kernels.token_loss import METRIC_NAMES, FusedLoss, TokenBatch
 
 if native_backend.cpp_unavailable_reason() is not None:
     pytest.skip(f"{native_backend.cpp_unavailable_reason()}", allow_module_level=True)
@@ -96,9 +97,9 @@ def specified(
     log_sum_N = sum_N.log()
     logprobs_N = torch.where(active_N, target_N - row_max_N - log_sum_N, 0.0)
     entropy_N = torch.where(active_N, log_sum_N - weighted_N / sum_N, 0.0)
-    terms = reference.token_terms(batch, spec)
-    loss, *coefs = reference.token_loss(logprobs_N, entropy_N, terms, spec)
-    metrics = reference.loss_metrics(logprobs_N, entropy_N, *coefs, batch, terms, spec)
+    terms = token_loss.token_terms(batch, spec)
+    loss, *coefs = token_loss.loss_and_derivatives(logprobs_N, entropy_N, terms, spec)
+    metrics = token_loss.loss_metrics(logprobs_N, entropy_N, *coefs, batch, terms, spec)
     out_OIW = torch.empty_like(logits_OIW)
     reference.grad_logits(
         logits_OIW,
@@ -203,9 +204,9 @@ def test_raw_rewards_match_group_advantages(
     )
     # Two equal logits: d loss / d logit of the target is -advantage / 2.
     grad_N = run(torch.zeros(1, num_sequences, 2), batch, spec)[1][0, :, 0]
-    want_S = reference.normalized_advantages(
+    want_S = advantages.normalized_advantages(
         rewards_S,
-        reference.group_offsets(num_sequences, group_size, rewards_S.device),
+        advantages.group_offsets(num_sequences, group_size, rewards_S.device),
         scale=scale,
         ddof=1,
         eps=0.0,

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import LossSpec, reference, triton_backend
+from kernels import LossSpec, reference, token_loss, triton_backend
 from kernels.autograd import finish_stats
-from kernels.reference import IGNORED, NOT_OWNED, FusedLoss, TokenBatch
+from kernels.reference import IGNORED, NOT_OWNED
+from kernels.token_loss import FusedLoss, TokenBatch
 
 STATE = kernels.available_backends()["triton"]
 pytestmark = pytest.mark.skipif(STATE != "available", reason=STATE)
@@ -233,13 +234,15 @@ def token_batch(*, on_policy: bool = False) -> TokenBatch:
     # Padding values that break naive code, and edges: no old probability, an overflowing ratio.
     old_N[2], ref_N[2], sampler_N[2] = -1e4, math.nan, math.nan
     old_N[4], old_N[5], sampler_N[6] = -math.inf, -2000.0, math.nan
+    lengths_S = torch.tensor([3, 4, 1, 4])
+    advantages_N = torch.tensor([1.0, 0.5, -1.0, -0.7]).repeat_interleave(lengths_S)
     return TokenBatch(
         token_ids_N=ids_N,
-        offsets=torch.tensor([0, 3, 7, 8, 12], device=DEVICE),
+        offsets=torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)).to(DEVICE),
         old_logprobs_N=None if on_policy else old_N,
         ref_logprobs_N=ref_N,
         sampler_logprobs_N=sampler_N,
-        advantages_N=torch.tensor([1.0, 0.5, -1.0, -0.7], device=DEVICE),
+        advantages_N=advantages_N.to(DEVICE),
     )
 
 
@@ -285,9 +288,9 @@ def test_fused_loss_matches_autograd_of_the_reference(
     logits_OIW = random_logits(1, 12, 37, spread=1.0).double()
     stats_4N = reference.row_stats(logits_OIW, batch.token_ids_N, 1 / 0.9, 0.0)
     logprobs_N, entropy_N, max_N, log_sum_N = finish_stats(stats_4N)
-    resolved = reference.token_terms(batch, spec)
-    loss, *coefs = reference.token_loss(logprobs_N, entropy_N, resolved, spec)
-    metrics = reference.loss_metrics(logprobs_N, entropy_N, *coefs, batch, resolved, spec)
+    resolved = token_loss.token_terms(batch, spec)
+    loss, *coefs = token_loss.loss_and_derivatives(logprobs_N, entropy_N, resolved, spec)
+    metrics = token_loss.loss_metrics(logprobs_N, entropy_N, *coefs, batch, resolved, spec)
     want_OIW = torch.empty_like(logits_OIW)
     reference.grad_logits(
         logits_OIW, batch.token_ids_N, 1 / 0.9, 0.0, max_N, log_sum_N, entropy_N, *coefs, want_OIW

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from kernels import triton_backend
-from kernels.reference import TokenBatch
 from kernels.spec import LossSpec
+from kernels.token_loss import TokenBatch
 
 ARCHITECTURES = (80, 90, 100)
 # Every multiple of 16 from 8192 on compiles to the same kernel as this one.

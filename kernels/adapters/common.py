@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import token_loss
 from kernels.ops import TokenLogprobs, linear_token_logprobs, token_logprobs
-from kernels.reference import IGNORED, TokenBatch
+from kernels.reference import IGNORED
 from kernels.sharding import VocabShard
 from kernels.spec import LossSpec
+from kernels.token_loss import TokenBatch
 
 
 def row_logprobs(
@@ -102,7 +103,7 @@ def loss_from_logprobs(
 ) -> Tensor:
     """The loss of `spec` for log-probs that are known already, 0-d float64, differentiable by them.
 
-    `reference.objective` computes it. `weights_BT` multiplies the policy term, detached;
+    `token_loss.objective` computes it. `weights_BT` multiplies the policy term, detached;
     `denominator` is that of `policy_loss`. What masked slots hold does not matter, NaN included.
     """
     active_BT = mask_BT.bool()
@@ -114,13 +115,13 @@ def loss_from_logprobs(
         advantages_N=advantages_BT.detach().expand(active_BT.shape).reshape(-1),
         denominator=denominator,
     )
-    terms = reference.token_terms(batch, spec)
+    terms = token_loss.token_terms(batch, spec)
     if weights_BT is not None:
         weights_BT = weights_BT.detach().expand(active_BT.shape).double()
         weights_BT = torch.where(active_BT, weights_BT, 0.0)
         terms = replace(terms, sampler_weight_N=weights_BT.reshape(-1))
     logprobs_N = torch.where(active_BT, logprobs_BT.double(), 0.0).reshape(-1)
-    return reference.objective(logprobs_N, torch.zeros_like(logprobs_N), terms, spec)
+    return token_loss.objective(logprobs_N, torch.zeros_like(logprobs_N), terms, spec)
 
 
 def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

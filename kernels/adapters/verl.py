@@ -3,8 +3,8 @@
     from kernels.adapters import verl
     verl.register_policy_losses()   # then actor.policy_loss.loss_mode=onepass_vanilla
 
-The losses start from log-probs that verl has already computed, so they run on `reference`'s token
-loss. Shape legend: `common.py`.
+The losses start from log-probs that verl has already computed, so they run on `token_loss`.
+Shape legend: `common.py`.
 """
 
 import math

@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import reference
-from kernels.reference import FusedLoss, TokenBatch
+from kernels import token_loss
 from kernels.spec import LossSpec
+from kernels.token_loss import FusedLoss, TokenBatch
 from kernels.triton_backend import programs
 
 # Loads a thread has in flight, and folds together before it rebases its running sums.
@@ -91,7 +91,7 @@ def policy_loss(
     Args:
         logits_OIW: a view [outer, inner, V] with last stride 1.
         batch: token ids >= 0 or IGNORED.
-        spec: a loss for which `reference.tokens_are_independent` holds.
+        spec: a loss for which `token_loss.tokens_are_independent` holds.
         inv_temperature: number, or float32 [N].
         softcap: tanh soft cap of the logits; 0 for none.
         out_OIW: receives d loss / d logits, may be the logits; None computes no gradient.
@@ -99,7 +99,7 @@ def policy_loss(
     Returns:
         Loss, log-probs, entropy and metrics, float32.
     """
-    terms = reference.token_terms(batch, spec)
+    terms = token_loss.token_terms(batch, spec)
     advantages_N, sampler_logprobs_N = terms.advantages_N, None
     if terms.sampler_weight_N is not None:
         weighted_N = advantages_N * terms.sampler_weight_N
@@ -125,8 +125,8 @@ def policy_loss(
         **_loss_arguments(spec),
     )
     coef_entropy_N = -spec.entropy_weight * terms.weights_N
-    loss = reference.objective(logprobs_N.double(), entropy_N.double(), terms, spec)
-    metrics = reference.loss_metrics(
+    loss = token_loss.objective(logprobs_N.double(), entropy_N.double(), terms, spec)
+    metrics = token_loss.loss_metrics(
         logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
     )
     return FusedLoss(loss=loss.float(), logprobs_N=logprobs_N, entropy_N=entropy_N, metrics=metrics)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels import reference
+from kernels.triton_backend.loss_slopes import kl_slope, policy_slope, sampler_weight
 from kernels.triton_backend.row_passes import (
     row_offset,
     row_sums,
@@ -16,7 +17,6 @@ from kernels.triton_backend.row_passes import (
     write_gradient,
     write_zeros,
 )
-from kernels.triton_backend.token_loss import kl_slope, policy_slope, sampler_weight
 
 IGNORED = tl.constexpr(reference.IGNORED)
 # Integers that vary with the batch; Triton would compile anew for 1 and for multiples of 16.
@@ -202,7 +202,7 @@ def policy_loss_kernel(
         rounded_logprob = (target_shift - log_sum).to(tl.float32)
         tl.store(logprobs_ptr + row, rounded_logprob)
 
-        # The token loss is a function of the log-prob that the caller sees, as in `reference`.
+        # The token loss is a function of the log-prob that the caller sees, as in `token_loss`.
         logprob = rounded_logprob.to(tl.float64)
         old_logprob = logprob
         if old_logprobs_ptr is not None:

@@ -1,6 +1,6 @@
 """The token loss as device functions: derivatives of the terms that `reference.objective` defines.
 
-Values are float64, as there; the value of the loss itself is taken from `reference`.
+Values are float64, as there; the value of the loss itself is taken from `kernels.token_loss`.
 """
 
 import triton
