@@ -323,7 +323,9 @@ def test_fused_gradient_in_place_has_the_same_bits() -> None:
 def test_zero_advantage_with_infinite_sampler_weight_gives_zero() -> None:
     batch = token_batch()
     sampler_N = torch.full((12,), -math.inf, device=DEVICE)
-    batch = replace(batch, sampler_logprobs_N=sampler_N, advantages=torch.zeros(4, device=DEVICE))
+    batch = replace(
+        batch, sampler_logprobs_N=sampler_N, advantages_N=torch.zeros(12, device=DEVICE)
+    )
     for on_policy in (False, True):
         if on_policy:
             batch = replace(batch, old_logprobs_N=None)
