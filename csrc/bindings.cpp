@@ -94,10 +94,9 @@ void bind_policy_loss(py::module_& module) {
       "policy_loss",
       [](const LogitsView& logits, const RowScale& scale, const LossSpec& spec, uintptr_t token_ids,
          uintptr_t offsets, int64_t num_sequences, uintptr_t old_logprobs, uintptr_t ref_logprobs,
-         uintptr_t sampler_logprobs, uintptr_t advantages, uintptr_t rewards,
-         int64_t group_size, double denominator, uintptr_t loss,
-         uintptr_t logprobs, uintptr_t entropy, uintptr_t metrics, const LogitsView* grad,
-         int threads) {
+         uintptr_t sampler_logprobs, uintptr_t advantages, uintptr_t rewards, int64_t group_size,
+         double denominator, uintptr_t loss, uintptr_t logprobs, uintptr_t entropy,
+         uintptr_t metrics, const LogitsView* grad, int threads) {
         const int64_t* bounds = pointer<const int64_t>(offsets);
         check_equal("offsets[-1]", logits.num_rows(), bounds[num_sequences]);
         if (rewards) check_at_least("group_size", int64_t{1}, group_size);
@@ -119,10 +118,9 @@ void bind_policy_loss(py::module_& module) {
       py::call_guard<py::gil_scoped_release>(), py::arg("logits"), py::arg("scale"),
       py::arg("spec"), py::kw_only(), py::arg("token_ids"), py::arg("offsets"),
       py::arg("num_sequences"), py::arg("old_logprobs"), py::arg("ref_logprobs"),
-      py::arg("sampler_logprobs"), py::arg("advantages"),
-      py::arg("rewards"), py::arg("group_size"), py::arg("denominator"), py::arg("loss"),
-      py::arg("logprobs"), py::arg("entropy"), py::arg("metrics"), py::arg("grad").none(true),
-      py::arg("threads"));
+      py::arg("sampler_logprobs"), py::arg("advantages"), py::arg("rewards"), py::arg("group_size"),
+      py::arg("denominator"), py::arg("loss"), py::arg("logprobs"), py::arg("entropy"),
+      py::arg("metrics"), py::arg("grad").none(true), py::arg("threads"));
 }
 
 }  // namespace
