@@ -36,11 +36,18 @@ def machine() -> dict[str, str]:
     }
 
 
-def copy_seconds(logits: Tensor, rounds: int = 7) -> float:
+def let_threads_rest() -> None:
+    """OpenMP threads spin for some milliseconds after PyTorch's last parallel region, on the cores
+    that the next measurement is about."""
+    time.sleep(0.02)
+
+
+def copy_seconds(logits: Tensor, rounds: int = 15) -> float:
     """Median time of a plain copy of the logits between two resident buffers."""
     target = torch.empty_like(logits)
     times = []
     for _ in range(rounds):
+        let_threads_rest()
         start = time.perf_counter()
         target.copy_(logits)
         if logits.is_cuda:
