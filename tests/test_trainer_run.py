@@ -301,6 +301,15 @@ def test_unusable_input_ends_in_one_sentence_and_code_2(
     assert err.count("\n") == 1 and err.startswith("error: ") and sentence in err
 
 
+def test_refused_start_does_not_claim_the_run_directory(
+    inputs: Path, tmp_path: Path, main_here: Main
+) -> None:
+    code, _, err = main_here(flags(inputs, tmp_path / "run", backend="warp"))
+    assert code == 2 and "--backend" in err
+    code, _, err = main_here(flags(inputs, tmp_path / "run", steps=1))
+    assert code == 0, err
+
+
 def test_run_directory_of_another_config_is_refused_and_left_alone(
     inputs: Path, whole_run: Path, main_here: Main
 ) -> None:

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import IO
 
+from trainer.checkpoints import FOLDER as CHECKPOINTS
 from trainer.checkpoints import MODEL
 from trainer.config import TrainConfig, UsageError
 from trainer.report import write_report
-from trainer.run_log import read_metrics, write_atomically
+from trainer.run_log import METRICS_FILE, read_metrics, write_atomically
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -33,10 +34,16 @@ def claim_run_folder(config: TrainConfig) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"--run-dir: another process is writing to {folder}") from error
-    if (folder / CONFIG_FILE).exists():
+    if (folder / CONFIG_FILE).exists() and _holds_results(folder):
         _check_same_run(config, folder / CONFIG_FILE)
     write_atomically(folder / CONFIG_FILE, config.to_json())
     return lock
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a run got as far as its first record; a start that was refused leaves none."""
+    metrics = folder / METRICS_FILE
+    return (metrics.exists() and metrics.stat().st_size > 0) or (folder / CHECKPOINTS).exists()
 
 
 def _check_same_run(config: TrainConfig, path: Path) -> None:
