@@ -11,8 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer import terminal
+from trainer.durable import write_atomically
 from trainer.rewards import Reward
-from trainer.run_log import RunLog, Sample, read_metrics, write_atomically
+from trainer.run_log import RunLog, Sample, read_metrics
 from trainer.tasks import Problem
 
 

@@ -10,7 +10,6 @@ no generator is saved.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer.durable import flush_to_disk
 from trainer.fsdp import World, from_main_rank, full_tensors, shard_like
 from trainer.policy_update import Policy
 
@@ -159,19 +159,11 @@ def _publish(temporary: Path, path: Path) -> None:
     checksums = {str(file.relative_to(temporary)): _checksum(file) for file in files}
     (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
     for written in (*temporary.rglob("*"), temporary):
-        _flush_to_disk(written)
+        flush_to_disk(written)
     # Only a checkpoint found damaged can stand in the way.
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
-    _flush_to_disk(path.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(path.parent)
 
 
 def _checksum(file: Path) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.durable import write_atomically
 from trainer.monitors import R1_REFLECTION
 from trainer.report_charts import (
     MAIN_CHARTS,
@@ -28,7 +29,7 @@ from trainer.report_charts import (
     write_curves_png,
 )
 from trainer.report_page import chart_card, page
-from trainer.run_log import METRICS_FILE, ROLLOUTS_FOLDER, read_metrics, write_atomically
+from trainer.run_log import METRICS_FILE, ROLLOUTS_FOLDER, read_metrics
 
 MAX_PROBLEMS = 8
 MAX_STEPS = 10

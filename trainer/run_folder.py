@@ -8,8 +8,9 @@ from typing import IO
 from trainer.checkpoints import FOLDER as CHECKPOINTS
 from trainer.checkpoints import MODEL
 from trainer.config import TrainConfig, UsageError
+from trainer.durable import write_atomically
 from trainer.report import write_report
-from trainer.run_log import METRICS_FILE, read_metrics, write_atomically
+from trainer.run_log import METRICS_FILE, read_metrics
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"

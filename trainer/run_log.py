@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
+from trainer.durable import write_atomically
 from trainer.rewards import Reward
 from trainer.tasks import Problem
 from trainer.terminal import Terminal, eval_text, progress_text, sample_text
@@ -304,14 +304,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: expected an object with a step")
             records.append(record)
     return records
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: readers see the old content or the new, never a part."""
-    # The process id keeps two writers of one run directory from sharing a half-written file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
 
 
 def _jsonable(sample: Sample) -> dict[str, object]:

@@ -9,7 +9,6 @@ Shape legend: B documents of a batch, T positions, V vocabulary.
 import fcntl
 import hashlib
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer import tiny_task
+from trainer.durable import flush_to_disk
 from trainer.seeds import derive_key
 
 _IGNORED = -100
@@ -122,9 +122,9 @@ def base_model_folder(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for written in (*partial.iterdir(), partial):
-            _flush_to_disk(written)
+            flush_to_disk(written)
         partial.rename(folder)
-        _flush_to_disk(cache_folder)
+        flush_to_disk(cache_folder)
     return folder
 
 
@@ -248,11 +248,3 @@ def _content_key(seed: int, settings: PretrainingSettings) -> str:
     for module_file in (__file__, tiny_task.__file__):
         content.update(Path(module_file).read_bytes())
     return content.hexdigest()[:16]
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
