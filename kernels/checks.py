@@ -166,6 +166,9 @@ def checked_batch(
     num_sequences = len(offsets) - 1
     if (advantages is None) == (rewards is None):
         raise ValueError("advantages, rewards: expected exactly one of them")
+    for name, tensor in (("rewards", rewards), ("advantages", advantages)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
     if rewards is not None:
         if rewards.shape != (num_sequences,):
             raise ValueError(

@@ -24,8 +24,8 @@ from kernels.sharding import VocabShard, merge_row_stats
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch
 
-# Bytes of one chunk of float32 logits. On a GPU a chunk of 4096 tokens hides the read and write of
-# the float32 weight gradient behind the products (roofline in /bench); a CPU has no such need.
+# Bytes of one chunk of float32 logits. On a GPU some 4096 tokens are wanted, so that reading and
+# writing the float32 weight gradient hides behind the products (calculated, not measured).
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
 
 

@@ -343,7 +343,7 @@ def sampler_weight(old_logprobs_N: Tensor, terms: TokenTerms, spec: LossSpec) ->
 
     truncate: min(rho, high); mask: rho where low <= rho <= high, else 0; sequence modes use the
     product of rho over the sequence. A NaN sampler log-prob counts as rho = 1.
-    Source: truncated and masked importance sampling as in TRL and verl (algorithms of 2025).
+    Source: the vLLM importance sampling modes of TRL 1.16; verl's rollout correction.
     """
     log_rho_N = sampler_gap(old_logprobs_N, terms)
     if spec.sampler_correction.startswith("sequence_"):

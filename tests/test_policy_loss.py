@@ -487,6 +487,7 @@ def test_raw_rewards_equal_their_advantages(backend: str, device: str) -> None:
     [
         ({"rewards": None}, "advantages, rewards: expected exactly one"),
         ({"rewards": torch.zeros(7)}, r"rewards: expected shape \[8\], one a sequence, got \[7\]"),
+        ({"rewards": torch.zeros(8, device="meta")}, "rewards: expected device cpu, got meta"),
         ({"group_size": 3}, "group_size: expected a divisor of the 8 rewards, got 3"),
         ({"group_size": None}, "group_size: expected the size"),
         ({"ref_logprobs": None}, "ref_logprobs: expected a tensor with spec.kl='k3', got None"),
