@@ -1,9 +1,11 @@
 """Checks of the arguments of `ops`, and their canonical forms.
 
-Each failure is one sentence, "name: expected X, got Y". Reading values (token ids, offsets,
-temperatures) costs one host sync each on a GPU. Shape legend: `ops.py`.
+Each failure is one sentence, "name: expected X, got Y". Values that lie on a GPU (token ids,
+offsets, temperatures) are checked there, without a host sync: a wrong one stops the device with an
+assertion, as in PyTorch's own indexing. Shape legend: `ops.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from kernels.advantages import segment_index
 from kernels.backends import select_backend
 from kernels.linear import Head
+from kernels.passes import Scaling
 from kernels.reference import IGNORED, compute_dtype
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec
@@ -43,7 +46,7 @@ def checked_rows(
             "logits or hidden: expected shape [N, width] or [B, T, width] with width > 0, "
             f"got {list(features.shape)}"
         )
-    check_like_tokens("token_ids", token_ids, features.shape[:-1], features.device)
+    check_like_tokens("token_ids", token_ids, features.shape[:-1])
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"token_ids: expected dtype int64 or int32, got {token_ids.dtype}")
     if vocab is not None and features.shape[-1] < vocab.width:
@@ -53,15 +56,30 @@ def checked_rows(
         )
     token_ids_N = token_ids.reshape(-1).long()
     if mask is not None:
-        check_like_tokens("mask", mask, token_ids.shape, features.device)
+        check_like_tokens("mask", mask, token_ids.shape)
         token_ids_N = torch.where(mask.reshape(-1).bool(), token_ids_N, IGNORED)
     check_id_range(token_ids_N, num_columns)
     return Rows(token_ids_N, token_ids.shape)
 
 
-def checked_layout(logits: Tensor, inplace: bool) -> Tensor:
+def require(holds: Tensor, name: str, message: Callable[[], str]) -> None:
+    """Raises ValueError with the message unless a 0-d condition holds; see the module's text."""
+    if holds.device.type == "cpu":
+        if not holds:
+            raise ValueError(f"{name}: {message()}")
+    else:
+        torch._assert_async(holds, f"{name}: a value is out of range")
+
+
+def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    """Where the tensors lie is checked before a custom op sees them, which is chosen by it."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def checked_layout(logits: Tensor, inplace: bool = False) -> Tensor:
     """Logits as [outer, inner, W] with contiguous rows; a layout without them is copied once."""
-    logits = differentiable(logits)
     logits_OIW = logits[None] if logits.dim() == 2 else logits
     overlaps = any(
         size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
@@ -88,7 +106,7 @@ def checked_head(
     weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    temperature: float | Tensor,
+    temperature: Tensor,
     softcap: float,
     vocab: VocabShard | None,
     backend: str,
@@ -99,11 +117,8 @@ def checked_head(
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"weight: expected shape [W, {depth}], got {list(weight.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
-            raise ValueError(
-                f"{name}: expected {hidden.dtype} on {hidden.device} like hidden, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name}: expected {hidden.dtype} like hidden, got {tensor.dtype}")
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias: expected shape [{width}], got {list(bias.shape)}")
     if vocab is not None and width < vocab.width:
@@ -112,35 +127,36 @@ def checked_head(
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected a count > 0, got {chunk_tokens}")
+    scaling = checked_scaling(temperature, token_ids, softcap)
     return Head(
         weight_WD=weight,
         bias_W=bias,
-        inv_temperature=inverse_temperature(temperature, token_ids),
-        softcap=checked_softcap(softcap),
+        inv_temperature=scaling.inv_temperature,
+        softcap=scaling.softcap,
         vocab=vocab,
         backend=select_backend(backend, hidden.device, compute_dtype(hidden)),
     )
 
 
-def check_like_tokens(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
+def check_like_tokens(name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
 def check_id_range(token_ids_N: Tensor, width: int | None) -> None:
-    """On a GPU this costs one host sync a call."""
     wrong_N = (token_ids_N < 0) & (token_ids_N != IGNORED)
     if width is not None:
         wrong_N |= token_ids_N >= width
-    if wrong_N.any():
+
+    def message() -> str:
         first = int(wrong_N.nonzero()[0, 0])
         limit = "V" if width is None else str(width)
-        raise ValueError(
-            f"token_ids: expected ids in [0, {limit}) or {IGNORED}, "
+        return (
+            f"expected ids in [0, {limit}) or {IGNORED}, "
             f"got {int(token_ids_N[first])} at token {first}"
         )
+
+    require(~wrong_N.any(), "token_ids", message)
 
 
 def checked_batch(
@@ -152,23 +168,19 @@ def checked_batch(
     advantages: Tensor | None,
     rewards: Tensor | None,
     group_size: int | None,
-    denominator: float | Tensor | None,
+    denominator: Tensor | None,
     per_token: dict[str, Tensor | None],
 ) -> TokenBatch:
     check_spec_inputs(spec, denominator, per_token)
-    device = rows.token_ids_N.device
     flat: dict[str, Tensor | None] = {}
     for name, tensor in per_token.items():
         if tensor is not None:
-            check_like_tokens(name, tensor, rows.shape, device)
+            check_like_tokens(name, tensor, rows.shape)
         flat[f"{name}_N"] = None if tensor is None else tensor.detach().reshape(-1)
     offsets = checked_offsets(rows, cu_seqlens)
     num_sequences = len(offsets) - 1
     if (advantages is None) == (rewards is None):
         raise ValueError("advantages, rewards: expected exactly one of them")
-    for name, tensor in (("rewards", rewards), ("advantages", advantages)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
     if rewards is not None:
         if rewards.shape != (num_sequences,):
             raise ValueError(
@@ -204,7 +216,7 @@ def checked_batch(
 
 
 def check_spec_inputs(
-    spec: LossSpec, denominator: float | Tensor | None, per_token: dict[str, Tensor | None]
+    spec: LossSpec, denominator: Tensor | None, per_token: dict[str, Tensor | None]
 ) -> None:
     if spec.kl != "none" and per_token["ref_logprobs"] is None:
         raise ValueError(f"ref_logprobs: expected a tensor with spec.kl={spec.kl!r}, got None")
@@ -216,15 +228,17 @@ def check_spec_inputs(
         )
     if spec.aggregation == "constant" and spec.max_tokens is None:
         raise ValueError('spec.max_tokens: expected a count with aggregation "constant", got None')
-    if spec.aggregation == "sum" and denominator is not None:
-        raise ValueError(f'denominator: expected None with aggregation "sum", got {denominator!r}')
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(
-                f"denominator: expected one number, got shape {list(denominator.shape)}"
-            )
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator: expected a count > 0, got {denominator!r}")
+    if denominator is None:
+        return
+    if denominator.numel() != 1:
+        raise ValueError(f"denominator: expected one number, got shape {list(denominator.shape)}")
+    if spec.aggregation == "sum":
+        raise ValueError('denominator: expected None with aggregation "sum", got one')
+    require(
+        (denominator > 0).all(),
+        "denominator",
+        lambda: f"expected a count > 0, got {denominator.item():g}",
+    )
 
 
 def checked_offsets(rows: Rows, cu_seqlens: Tensor | None) -> Tensor:
@@ -234,20 +248,21 @@ def checked_offsets(rows: Rows, cu_seqlens: Tensor | None) -> Tensor:
             raise ValueError("cu_seqlens: expected None with padded logits [B, T, W]")
         return torch.arange(rows.shape[0] + 1, device=device) * rows.shape[1]
     if cu_seqlens is None:
-        return torch.tensor([0, num_tokens], device=device)
+        return torch.arange(2, device=device) * num_tokens
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens: expected integers [S+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens: expected device {device}, got {cu_seqlens.device}")
     offsets = cu_seqlens.long()
-    rising = bool((offsets.diff() >= 0).all())
-    if not rising or int(offsets[0]) != 0 or int(offsets[-1]) != num_tokens:
-        raise ValueError(
-            f"cu_seqlens: expected offsets rising from 0 to {num_tokens}, the number of tokens, "
+    ends_fit = (offsets[0] == 0) & (offsets[-1] == num_tokens)
+    require(
+        (offsets.diff() >= 0).all() & ends_fit,
+        "cu_seqlens",
+        lambda: (
+            f"expected offsets rising from 0 to {num_tokens}, the number of tokens, "
             f"got {offsets.tolist() if len(offsets) < 9 else [*offsets[:4].tolist(), '...']}"
-        )
+        ),
+    )
     return offsets
 
 
@@ -258,21 +273,18 @@ def check_group_size(group_size: int, num_sequences: int) -> None:
         )
 
 
-def inverse_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor | float:
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
-        return 1.0 / temperature
-    if temperature.dim() == 0:
-        temperature = temperature.expand(token_ids.shape)
-    check_like_tokens("temperature", temperature, token_ids.shape, token_ids.device)
-    if not bool((temperature > 0).all()):
-        raise ValueError("temperature: expected numbers > 0 for every token")
-    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
-    return (1.0 / temperature.detach().to(dtype)).reshape(-1)
-
-
-def checked_softcap(softcap: float) -> float:
+def checked_scaling(temperature: Tensor, token_ids: Tensor, softcap: float) -> Scaling:
+    """Inverse temperature, a number where the temperature is one on the CPU, and the soft cap."""
     if not softcap >= 0:
         raise ValueError(f"softcap: expected a number >= 0, got {softcap!r}")
-    return float(softcap)
+    if temperature.dim() == 0 and temperature.device.type == "cpu":
+        number = temperature.item()
+        if not number > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {number!r}")
+        return Scaling(1.0 / number, softcap)
+    if temperature.dim() == 0:
+        temperature = temperature.expand(token_ids.shape)
+    check_like_tokens("temperature", temperature, token_ids.shape)
+    require((temperature > 0).all(), "temperature", lambda: "expected numbers > 0 for every token")
+    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+    return Scaling((1.0 / temperature.to(dtype)).reshape(-1), softcap)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference, token_loss
-from kernels.autograd import finish_stats, refuse_double_backward
 from kernels.backends import load_backend
+from kernels.passes import finish_stats
 from kernels.sharding import VocabShard, merge_row_stats
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch
@@ -27,6 +27,15 @@ from kernels.token_loss import TokenBatch
 # Bytes of one chunk of float32 logits. On a GPU some 4096 tokens are wanted, so that reading and
 # writing the float32 weight gradient hides behind the products (calculated, not measured).
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
+
+
+def refuse_double_backward(name: str) -> None:
+    """Backward runs with gradients enabled only under create_graph=True; a trace is no run."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: its gradient is not differentiable a second time; expected a backward "
+            "without create_graph=True"
+        )
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

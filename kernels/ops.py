@@ -10,21 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import advantages, linear
+from kernels import library, linear
 from kernels.autograd import PolicyLossFunction, TokenLogprobsFunction
-from kernels.backends import select_backend
-from kernels.checks import (
-    check_group_size,
-    checked_batch,
-    checked_head,
-    checked_layout,
-    checked_rows,
-    checked_softcap,
-    differentiable,
-    inverse_temperature,
-)
+from kernels.checks import check_devices, checked_batch, checked_head, checked_rows, differentiable
 from kernels.sharding import VocabShard, localize
-from kernels.spec import LossSpec, check_choice
+from kernels.spec import LossSpec
 from kernels.token_loss import METRIC_NAMES
 
 
@@ -89,21 +79,17 @@ def token_logprobs(
 
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     """
-    backend = select_backend(backend, logits.device, logits.dtype)
-    rows = checked_rows(logits, token_ids, None, vocab, logits.shape[-1] if vocab is None else None)
-    logits_OIW = checked_layout(logits, inplace_backward)
-    logprobs_N, entropy_N, lse_N = TokenLogprobsFunction.apply(
-        logits_OIW,
-        localize(rows.token_ids_N, vocab),
-        inverse_temperature(temperature, token_ids),
-        checked_softcap(softcap),
-        vocab,
+    check_devices(logits.device, token_ids=token_ids)
+    logprobs, entropy, lse = TokenLogprobsFunction.apply(
+        logits,
+        token_ids,
+        as_tensor(temperature),
         inplace_backward,
+        float(softcap),
+        *shard_parts(vocab),
         backend,
     )
-    shape = token_ids.shape
-    entropy = entropy_N.view(shape) if with_entropy else None
-    return TokenLogprobs(logprobs_N.view(shape), entropy, lse_N.view(shape))
+    return TokenLogprobs(logprobs, entropy if with_entropy else None, lse)
 
 
 def linear_token_logprobs(
@@ -142,8 +128,17 @@ def linear_token_logprobs(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, one of the
     hidden gradient in backward.
     """
+    check_devices(hidden.device, weight=weight, bias=bias, token_ids=token_ids)
     head = checked_head(
-        hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        as_tensor(temperature),
+        softcap,
+        vocab,
+        backend,
+        chunk_tokens,
     )
     rows = checked_rows(hidden, token_ids, None, None, len(weight) if vocab is None else None)
     logprobs_N, entropy_N, lse_N = linear.LinearTokenLogprobsFunction.apply(
@@ -187,31 +182,7 @@ def group_advantages(
 
     Source: Shao et al. 2024 (DeepSeekMath, 2402.03300) section 4.1.2; Liu et al. 2025 (2503.20783).
     """
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards: expected shape [S], got {list(rewards.shape)}")
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("group_size, group_ids: expected exactly one of them")
-    check_choice("scale", scale, ("group", "batch", "none"))
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof: expected 0 or 1, got {ddof!r}")
-    order = torch.arange(len(rewards), device=rewards.device)
-    if group_ids is not None:
-        if group_ids.shape != rewards.shape:
-            raise ValueError(
-                f"group_ids: expected shape {list(rewards.shape)}, got {list(group_ids.shape)}"
-            )
-        _, group_S, count_P = group_ids.unique(return_inverse=True, return_counts=True)
-        order = group_S.argsort(stable=True)
-        offsets = torch.nn.functional.pad(count_P.cumsum(0), (1, 0))
-    else:
-        assert group_size is not None
-        check_group_size(group_size, len(rewards))
-        offsets = advantages.group_offsets(len(rewards), group_size, rewards.device)
-    advantages_S = advantages.normalized_advantages(
-        rewards.detach()[order], offsets, scale=scale, ddof=ddof, eps=eps
-    )
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return torch.empty_like(advantages_S).index_copy_(0, order, advantages_S).to(dtype)
+    return library.group_advantages(rewards.detach(), group_size, group_ids, scale, ddof, eps)
 
 
 def policy_loss(
@@ -269,35 +240,37 @@ def policy_loss(
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     Source: Shao et al. 2024 (2402.03300) equation 3, and the papers named in `spec.PRESETS`.
     """
-    backend = select_backend(backend, logits.device, logits.dtype)
-    rows = checked_rows(logits, token_ids, mask, vocab, logits.shape[-1] if vocab is None else None)
-    logits_OIW = checked_layout(logits, inplace_backward)
-    batch = checked_batch(
-        rows,
-        spec,
-        vocab,
-        cu_seqlens=cu_seqlens,
+    tensors = dict(
+        token_ids=token_ids,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
         advantages=advantages,
         rewards=rewards,
-        group_size=group_size,
-        denominator=denominator,
-        per_token={
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "sampler_logprobs": sampler_logprobs,
-        },
+        cu_seqlens=cu_seqlens,
+        mask=mask,
     )
-    loss, logprobs_N, entropy_N, metrics = PolicyLossFunction.apply(
-        logits_OIW,
-        batch,
-        spec,
-        inverse_temperature(temperature, token_ids),
-        checked_softcap(softcap),
-        vocab,
-        inplace_backward,
+    check_devices(logits.device, **tensors)
+    loss, logprobs, entropy, metrics = PolicyLossFunction.apply(
+        logits,
         backend,
+        inplace_backward,
+        torch.is_grad_enabled() and logits.requires_grad,
+        token_ids,
+        *(detached(x) for x in (old_logprobs, ref_logprobs, sampler_logprobs)),
+        detached(advantages),
+        detached(rewards),
+        group_size,
+        cu_seqlens,
+        mask,
+        None if denominator is None else as_tensor(denominator),
+        spec.choices,
+        spec.numbers,
+        as_tensor(temperature),
+        float(softcap),
+        *shard_parts(vocab),
     )
-    return named_loss(loss, logprobs_N, entropy_N, metrics, token_ids.shape)
+    return named_loss(loss, logprobs, entropy, metrics)
 
 
 def linear_policy_loss(
@@ -348,7 +321,15 @@ def linear_policy_loss(
     gradient, all in forward.
     """
     head = checked_head(
-        hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        as_tensor(temperature),
+        softcap,
+        vocab,
+        backend,
+        chunk_tokens,
     )
     rows = checked_rows(hidden, token_ids, mask, None, len(weight) if vocab is None else None)
     batch = checked_batch(
@@ -359,7 +340,7 @@ def linear_policy_loss(
         advantages=advantages,
         rewards=rewards,
         group_size=group_size,
-        denominator=denominator,
+        denominator=None if denominator is None else as_tensor(denominator),
         per_token={
             "old_logprobs": old_logprobs,
             "ref_logprobs": ref_logprobs,
@@ -376,12 +357,27 @@ def linear_policy_loss(
         chunk_tokens or linear.default_chunk_tokens(head),
     )
     loss, logprobs_N, entropy_N, metrics = outputs
-    return named_loss(loss, logprobs_N, entropy_N, metrics, token_ids.shape)
+    shape = token_ids.shape
+    return named_loss(loss, logprobs_N.view(shape), entropy_N.view(shape), metrics)
 
 
-def named_loss(
-    loss: Tensor, logprobs_N: Tensor, entropy_N: Tensor, metrics: Tensor, shape: torch.Size
-) -> PolicyLoss:
+def named_loss(loss: Tensor, logprobs: Tensor, entropy: Tensor, metrics: Tensor) -> PolicyLoss:
     """Gives the outputs of a loss function their public form."""
     named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True))
-    return PolicyLoss(loss, logprobs_N.view(shape), entropy_N.view(shape), named)
+    return PolicyLoss(loss, logprobs, entropy, named)
+
+
+def as_tensor(number: float | Tensor) -> Tensor:
+    """A number as a tensor on the CPU, which torch.compile does not take for a constant."""
+    if isinstance(number, Tensor):
+        return number.detach()
+    return torch.ones((), dtype=torch.float64) * number
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def shard_parts(vocab: VocabShard | None) -> tuple[list[int], str]:
+    """A shard as the custom ops take it."""
+    return ([], "") if vocab is None else ([vocab.start, vocab.end], vocab.group.group_name)

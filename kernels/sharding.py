@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels.reference import IGNORED, NOT_OWNED
 
@@ -33,6 +34,13 @@ class VocabShard:
             raise ValueError(
                 f"VocabShard: expected 0 <= start < end, got start={self.start}, end={self.end}"
             )
+
+    @classmethod
+    def from_parts(cls, bounds: list[int], group_name: str) -> "VocabShard | None":
+        """The shard of these bounds in the process group of that name; None for no bounds."""
+        if not bounds:
+            return None
+        return cls(_resolve_process_group(group_name), *bounds)
 
     @property
     def width(self) -> int:

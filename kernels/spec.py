@@ -5,8 +5,13 @@ choices. What the fields mean, as equations, stands in `token_loss.py`; the valu
 presets come from the papers named beside them.
 """
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor
 
 Surrogate = Literal["clip", "cispo", "sapo", "gmpo", "vespo", "reinforce"]
 RatioLevel = Literal["token", "sequence"]
@@ -80,9 +85,12 @@ class LossSpec:
     """Weights above are truncated to it, or masked out."""
     off_policy_threshold: float | None = None
     """Drop sequences with negative advantage whose mean(sampler - logprob) exceeds this (V3.2)."""
+    numbers: Tensor = field(init=False, repr=False, compare=False)
+    """All fields but the choices, float64, NaN for None. A traced program reads these: a graph
+    holds for any values of a tensor, but only for one value of a number."""
 
     def __new__(cls, **given: Any) -> Self:
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.init]
         for name in given:
             if name not in known:
                 raise TypeError(f"LossSpec: no field {name!r}; the fields are {', '.join(known)}")
@@ -107,6 +115,9 @@ class LossSpec:
             raise ValueError(f"LossSpec.max_tokens: expected a count > 0, got {self.max_tokens!r}")
         self._check_ratio_bounds()
         self._check_terms()
+        values = [getattr(self, name) for name in _number_fields()]
+        numbers = [math.nan if value is None else float(value) for value in values]
+        object.__setattr__(self, "numbers", torch.tensor(numbers, dtype=torch.float64))
 
     def _check_ratio_bounds(self) -> None:
         if self.dual_clip is not None and not self.dual_clip > 1:
@@ -164,6 +175,17 @@ class LossSpec:
         return cast(Self, replace(PRESETS[name], **overrides))
 
     @property
+    def choices(self) -> str:
+        """The fields with a choice of words, joined by commas; with `numbers`, the whole spec."""
+        return ",".join(getattr(self, name) for name in CHOICES)
+
+    @staticmethod
+    def from_parts(choices: str, numbers: Tensor) -> "LossSpec":
+        """The spec whose `choices` and `numbers` these are."""
+        values = (None if math.isnan(number) else number for number in numbers.tolist())
+        return _spec_from_parts(choices, *values)
+
+    @property
     def needs_sampler_logprobs(self) -> bool:
         """Whether the loss reads the sampler's log-probabilities."""
         return self.sampler_correction != "none" or self.off_policy_threshold is not None
@@ -176,6 +198,20 @@ class LossSpec:
             or self.surrogate in ("gmpo", "vespo")
             or self.off_policy_threshold is not None
         )
+
+
+def _number_fields() -> list[str]:
+    return [field.name for field in fields(LossSpec) if field.init and field.name not in CHOICES]
+
+
+@lru_cache(maxsize=64)
+def _spec_from_parts(choices: str, *numbers: float | None) -> LossSpec:
+    values: dict[str, Any] = dict(zip(CHOICES, choices.split(","), strict=True))
+    values |= dict(zip(_number_fields(), numbers, strict=True))
+    for name, kind in (("kl_ratio_weighted", bool), ("advantage_ddof", int), ("max_tokens", int)):
+        if values[name] is not None:
+            values[name] = kind(values[name])
+    return LossSpec(**values)
 
 
 PRESETS: dict[str, LossSpec] = {

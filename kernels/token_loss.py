@@ -193,14 +193,11 @@ def loss_and_derivatives(
     logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (0-d) and its derivatives by log-prob and entropy ([N]), all float64."""
-    with torch.enable_grad():
-        logprobs_N = logprobs_N.detach().double().requires_grad_()
-        entropy_N = entropy_N.detach().double().requires_grad_()
-        loss = objective(logprobs_N, entropy_N, terms, spec)
-    coef_logprob_N, coef_entropy_N = torch.autograd.grad(
-        loss, (logprobs_N, entropy_N), materialize_grads=True
+    # torch.func also differentiates inside a custom op, where autograd records nothing.
+    slopes, loss = torch.func.grad_and_value(objective, argnums=(0, 1))(
+        logprobs_N.detach().double(), entropy_N.detach().double(), terms, spec
     )
-    return loss.detach(), coef_logprob_N, coef_entropy_N
+    return loss, *slopes
 
 
 def objective(logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: LossSpec) -> Tensor:

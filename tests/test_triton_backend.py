@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import LossSpec, reference, token_loss, triton_backend
-from kernels.autograd import finish_stats
+from kernels.passes import finish_stats
 from kernels.reference import IGNORED, NOT_OWNED
 from kernels.token_loss import FusedLoss, TokenBatch
 

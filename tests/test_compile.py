@@ -1,0 +1,139 @@
+"""The ops under torch.compile and torch.library: registered rightly, traced whole, compiled once."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import LossSpec, library
+from kernels.testing import GrpoBatch, grpo_batch
+
+WIDTH = 101
+LOSSES = {
+    "grpo": LossSpec.preset("grpo", kl="k3", kl_weight=0.1),
+    "gspo": LossSpec.preset("gspo", entropy_weight=0.01),
+}
+
+
+def arguments_of(batch: GrpoBatch, spec: LossSpec, temperature: float) -> tuple[object, ...]:
+    """What `library.policy_loss` takes after the gradient and the logits."""
+    return (
+        batch.token_ids_N,
+        batch.old_logprobs_N,
+        batch.ref_logprobs_N,
+        None,
+        None,
+        batch.rewards_S,
+        batch.group_size,
+        batch.cu_seqlens,
+        None,
+        None,
+        spec.choices,
+        spec.numbers,
+        torch.tensor(temperature),
+        0.0,
+        [],
+        "",
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_policy_loss_op_passes_opcheck(loss: str) -> None:
+    batch = grpo_batch(24, WIDTH, torch.float32)
+    rest = (*arguments_of(batch, LOSSES[loss], 0.9), "reference")
+    torch.library.opcheck(library.policy_loss, (None, batch.logits_NV, *rest))
+    gradient = torch.empty_like(batch.logits_NV)
+    torch.library.opcheck(library.policy_loss, (gradient, batch.logits_NV, *rest))
+    torch.library.opcheck(library.scale_, (gradient, torch.tensor(0.5), "reference"))
+
+
+def test_token_logprobs_ops_pass_opcheck() -> None:
+    batch = grpo_batch(24, WIDTH, torch.float32)
+    scaling = (torch.rand(24) + 0.5, 0.0, [], "", "reference")
+    values = library.token_logprobs(batch.logits_NV, batch.token_ids_N, *scaling)
+    torch.library.opcheck(library.token_logprobs, (batch.logits_NV, batch.token_ids_N, *scaling))
+    torch.library.opcheck(
+        library.token_logprobs_gradient,
+        (
+            torch.empty_like(batch.logits_NV),
+            batch.logits_NV,
+            batch.token_ids_N,
+            *scaling,
+            list(values),
+            *torch.randn(2, 24),
+        ),
+    )
+
+
+def test_group_advantages_op_passes_opcheck() -> None:
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.5])
+    torch.library.opcheck(library.group_advantages, (rewards, 2, None, "group", 1, 1e-4))
+    groups = torch.tensor([1, 0, 1, 0])
+    torch.library.opcheck(library.group_advantages, (rewards, None, groups, "batch", 0, 1e-4))
+
+
+def both_ops(
+    logits: Tensor, batch: GrpoBatch, spec: LossSpec, temperature: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """A loss with gradient through both ops on logits, and the logits' predecessor."""
+    scaled = logits * 1.5
+    policy = kernels.policy_loss(
+        scaled,
+        batch.token_ids_N,
+        batch.old_logprobs_N,
+        ref_logprobs=batch.ref_logprobs_N,
+        rewards=batch.rewards_S,
+        group_size=batch.group_size,
+        cu_seqlens=batch.cu_seqlens,
+        spec=spec,
+        temperature=temperature,
+        backend=backend,
+    )
+    tokens = kernels.token_logprobs(
+        scaled, batch.token_ids_N, temperature=temperature, with_entropy=True, backend=backend
+    )
+    assert tokens.entropy is not None
+    return policy.loss + (tokens.logprobs * tokens.entropy).mean(), policy.metrics["kl"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_graph_serves_every_length_temperature_and_clip(
+    backend: str, device: str, loss: str, compiler: str
+) -> None:
+    torch.compiler.reset()
+    graphs = 0
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    compiled = torch.compile(both_ops, fullgraph=True, dynamic=True, backend=counted)
+    spec = LOSSES[loss]
+    for num_tokens, temperature, clip in ((24, 1.0, 0.2), (40, 0.7, 0.3), (56, 1.3, 0.25)):
+        batch = grpo_batch(num_tokens, WIDTH, torch.float32, device=device)
+        numbers = {"clip_high": clip, "kl_weight": clip / 2 if spec.kl != "none" else 0.0}
+        changed = LossSpec.preset(loss, kl=spec.kl, entropy_weight=clip / 9, **numbers)
+        results = []
+        for function in (compiled, both_ops):
+            leaf = batch.logits_NV.clone().requires_grad_()
+            value, kl = function(leaf, batch, changed, temperature, backend)
+            value.backward()
+            results.append((value.detach(), kl, leaf.grad))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert graphs == 1
+
+
+def test_memory_is_not_overwritten_in_a_compiled_program() -> None:
+    batch = grpo_batch(24, WIDTH, torch.float32)
+    compiled = torch.compile(
+        lambda logits: kernels.token_logprobs(
+            logits, batch.token_ids_N, inplace_backward=True
+        ).logprobs,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="inplace_backward: expected False under torch.compile"):
+        compiled(batch.logits_NV.clone().requires_grad_())
