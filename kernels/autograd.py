@@ -8,6 +8,7 @@ backward. Writing into the logits' memory bumps their version, so autograd refus
 backward that still needs their old values. Shape legend: `reference.py`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,11 +29,17 @@ def owned_columns(logits_OIW: Tensor, vocab: VocabShard | None) -> Tensor:
 def finish_stats(stats_4N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy, row maximum and log of the sum of exp(z - maximum), each [N].
 
-    Scalar work a row is done in float64 and rounded once, as the fused kernels do.
+    The target is added to the sums over the other columns here. Where it is the maximum the sum is
+    1 + others, and log1p(others) is minus the log-prob to the last digit, however small. Scalar
+    work a row is done in float64 and rounded once, as the fused kernels do.
     """
-    max_N, sum_N, weighted_N, target_N = stats_4N.double().unbind()
-    log_sum_N = sum_N.log()
-    logprobs_N = (target_N - max_N) - log_sum_N
+    max_N, others_N, weighted_N, target_N = stats_4N.double().unbind()
+    shift_N = torch.where(target_N == -math.inf, -math.inf, target_N - max_N)
+    exp_N = shift_N.exp()
+    sum_N = others_N + exp_N
+    log_sum_N = torch.where(shift_N == 0, others_N.log1p(), sum_N.log())
+    logprobs_N = shift_N - log_sum_N
+    weighted_N = weighted_N + torch.where(exp_N == 0, 0.0, shift_N * exp_N)
     entropy_N = log_sum_N - weighted_N / sum_N
     dtype = stats_4N.dtype
     return logprobs_N.to(dtype), entropy_N.to(dtype), stats_4N[0], log_sum_N.to(dtype)

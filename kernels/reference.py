@@ -38,37 +38,36 @@ def row_stats(
 ) -> Tensor:
     """First pass: [4, N] row maximum, sum of exp, weighted sum and target logit.
 
-    m = max_j z_j; s = sum_j exp(z_j - m); w = sum_j (z_j - m) exp(z_j - m); z_y (0 where the target
-    is not here). Columns at -inf add nothing. An all -inf row gives m = -inf, s = w = 0; an ignored
-    row 0, 1, 0, 0 whatever it holds.
+    m = max_j z_j; s = sum_{j != y} exp(z_j - m); w = sum_{j != y} (z_j - m) exp(z_j - m); z_y (0
+    where the target y is not here). The sums leave the target out, because beside its 1 they would
+    lose a 1 - p_y below the resolution of float32. Columns at -inf add nothing. An all -inf row
+    gives m = -inf, s = w = 0; an ignored row four zeros whatever it holds.
     """
     ignored_N = token_ids_N == IGNORED
     z_NW = scaled_logits(logits_OIW, inv_temperature, softcap)
     z_NW = torch.where(ignored_N[:, None], 0.0, z_NW)
-    target_N = z_NW.gather(1, token_ids_N.clamp(min=0)[:, None])[:, 0]
-    target_N = torch.where(token_ids_N < 0, 0.0, target_N)
+    ids_N1 = token_ids_N.clamp(min=0)[:, None]
+    here_N1 = (token_ids_N >= 0)[:, None]
+    target_N1 = z_NW.gather(1, ids_N1)
+    max_N = z_NW.amax(dim=1)
+    others_NW = z_NW.scatter_(1, ids_N1, torch.where(here_N1, -math.inf, target_N1))
     if len(z_NW) == 1:
         # PyTorch sums a single row in another order than the rows of a batch; two rows keep the
         # bits of a row independent of the batch it is in.
-        max_N, sum_N, weighted_N = (value[:1] for value in _row_sums(z_NW.expand(2, -1)))
+        sums = _sums_over_row(others_NW.expand(2, -1), max_N)
+        sum_N, weighted_N = (value[:1] for value in sums)
     else:
-        max_N, sum_N, weighted_N = _row_sums(z_NW)
-    return torch.stack(
-        [
-            torch.where(ignored_N, 0.0, max_N),
-            torch.where(ignored_N, 1.0, sum_N),
-            torch.where(ignored_N, 0.0, weighted_N),
-            target_N,
-        ]
-    )
+        sum_N, weighted_N = _sums_over_row(others_NW, max_N)
+    target_N = torch.where(here_N1, target_N1, 0.0)[:, 0]
+    stats_4N = torch.stack([max_N, sum_N, weighted_N, target_N])
+    return stats_4N.masked_fill_(ignored_N, 0.0)
 
 
-def _row_sums(z_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    max_N = z_NW.amax(dim=1)
+def _sums_over_row(z_NW: Tensor, max_N: Tensor) -> tuple[Tensor, Tensor]:
     shifted_NW = z_NW - torch.where(max_N == -math.inf, 0.0, max_N)[:, None]
     exp_NW = shifted_NW.exp()
     weighted_NW = torch.where(shifted_NW == -math.inf, 0.0, shifted_NW * exp_NW)
-    return max_N, exp_NW.sum(dim=1), weighted_NW.sum(dim=1)
+    return exp_NW.sum(dim=1), weighted_NW.sum(dim=1)
 
 
 def grad_logits(

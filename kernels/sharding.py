@@ -71,13 +71,6 @@ def merge_row_stats(stats_4N: Tensor, token_ids_N: Tensor, vocab: VocabShard | N
         [factor_N * sum_N, factor_N * (weighted_N + shifted_N), target_N, found_N]
     )
     dist.all_reduce(sums_4N, group=vocab.group)
-    ignored_N = token_ids_N == IGNORED
     sum_N, weighted_N, target_N, found_N = sums_4N.unbind()
-    return torch.stack(
-        [
-            global_max_N,
-            torch.where(ignored_N, 1.0, sum_N),
-            weighted_N,
-            torch.where(found_N == 0, math.nan, target_N),
-        ]
-    )
+    target_N = torch.where(found_N == 0, math.nan, target_N)
+    return torch.stack([global_max_N, sum_N, weighted_N, target_N])

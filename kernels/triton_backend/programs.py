@@ -11,6 +11,7 @@ import triton.language as tl
 from kernels import reference
 from kernels.triton_backend.loss_slopes import kl_slope, policy_slope, sampler_weight
 from kernels.triton_backend.row_passes import (
+    logprob_and_entropy,
     row_offset,
     row_sums,
     scaled,
@@ -52,7 +53,7 @@ def row_stats_kernel(
     num_rows = tl.num_programs(0).to(tl.int64)
     token_id = tl.load(token_ids_ptr + row)
     row_max = 0.0
-    row_sum = 1.0
+    others = 0.0
     weighted = 0.0
     target = 0.0
     if token_id != IGNORED:
@@ -63,11 +64,11 @@ def row_stats_kernel(
         )
         x = tl.load(row_ptr + token_id, mask=token_id >= 0, other=0.0).to(tl.float32)
         target, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
-        row_max, row_sum, weighted = row_sums(
-            row_ptr, width, inv_temperature, softcap, HAS_SOFTCAP, LANES, DEPTH
+        row_max, others, weighted = row_sums(
+            row_ptr, width, token_id, inv_temperature, softcap, HAS_SOFTCAP, LANES, DEPTH
         )
     tl.store(stats_ptr + row, row_max)
-    tl.store(stats_ptr + num_rows + row, row_sum)
+    tl.store(stats_ptr + num_rows + row, others)
     tl.store(stats_ptr + 2 * num_rows + row, weighted)
     tl.store(stats_ptr + 3 * num_rows + row, target)
 
@@ -112,6 +113,7 @@ def grad_logits_kernel(
         row_max = tl.load(row_max_ptr + row)
         x = tl.load(row_ptr + token_id, mask=token_id >= 0, other=0.0).to(tl.float32)
         target, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
+        log_sum = tl.load(log_sum_ptr + row).to(tl.float64)
         # Every thread must have read the target before one of them may overwrite it.
         tl.debug_barrier()
         write_gradient(
@@ -122,8 +124,8 @@ def grad_logits_kernel(
             inv_temperature,
             softcap,
             row_max,
-            target.to(tl.float64) - row_max,
-            tl.load(log_sum_ptr + row).to(tl.float64),
+            target.to(tl.float64) - row_max - log_sum,
+            log_sum,
             tl.load(entropy_ptr + row).to(tl.float64),
             coef_logprob,
             coef_entropy,
@@ -192,14 +194,12 @@ def policy_loss_kernel(
         )
         x = tl.load(row_ptr + token_id).to(tl.float32)
         target, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
-        row_max, row_sum, weighted = row_sums(
-            row_ptr, width, inv_temperature, softcap, HAS_SOFTCAP, LANES, DEPTH
+        row_max, others, weighted = row_sums(
+            row_ptr, width, token_id, inv_temperature, softcap, HAS_SOFTCAP, LANES, DEPTH
         )
-        target_shift = target.to(tl.float64) - row_max
-        log_sum = tl.log(row_sum.to(tl.float64))
-        entropy = log_sum - weighted.to(tl.float64) / row_sum
+        log_sum, exact_logprob, entropy = logprob_and_entropy(target, row_max, others, weighted)
         tl.store(entropy_ptr + row, entropy.to(tl.float32))
-        rounded_logprob = (target_shift - log_sum).to(tl.float32)
+        rounded_logprob = exact_logprob.to(tl.float32)
         tl.store(logprobs_ptr + row, rounded_logprob)
 
         # The token loss is a function of the log-prob that the caller sees, as in `token_loss`.
@@ -247,7 +247,7 @@ def policy_loss_kernel(
                     inv_temperature,
                     softcap,
                     row_max,
-                    target_shift,
+                    exact_logprob,
                     log_sum,
                     entropy,
                     coef_logprob,

@@ -84,21 +84,23 @@ def row_offset(
 def row_sums(
     row_ptr: tl.tensor,
     width: tl.tensor,
+    left_out: tl.tensor,
     inv_temperature: tl.tensor,
     softcap: tl.tensor,
     HAS_SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Maximum m of z, sum of exp(z - m) and sum of (z - m) exp(z - m)."""
+    """Maximum m of z; sums of exp(z - m) and of (z - m) exp(z - m) without column `left_out`."""
     tl.assume(width > 0)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     lane_max = tl.full([LANES], -float("inf"), tl.float32)
     lane_sum = tl.full([LANES], 0.0, tl.float32)
     lane_weighted = tl.full([LANES], 0.0, tl.float32)
     for start in range(0, width, DEPTH * LANES):
-        inside = start + tile < width
-        x = tl.load(row_ptr + start + tile, mask=inside, other=-float("inf")).to(tl.float32)
+        columns = start + tile
+        inside = columns < width
+        x = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
         z, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
         new_max = tl.maximum(lane_max, tl.max(z, axis=0))
@@ -107,6 +109,7 @@ def row_sums(
         rise, factor = _bounded_exp(lane_max - origin)
         lane_weighted = factor * (lane_weighted + rise * lane_sum)
         lane_sum = factor * lane_sum
+        z = tl.where(columns == left_out, -float("inf"), z)
         shift, power = _bounded_exp(z - origin[None, :])
         lane_sum += tl.sum(power, axis=0)
         lane_weighted += tl.sum(shift * power, axis=0)
@@ -118,6 +121,42 @@ def row_sums(
 
 
 @triton.jit
+def _log1p(x: tl.tensor) -> tl.tensor:
+    """log(1 + x) of x >= 0 in float64, corrected for the rounding of the sum (Kahan)."""
+    excess = (1.0 + x) - 1.0
+    divisor = tl.where(excess == 0.0, 1.0, excess)
+    return tl.where(excess == 0.0, x, tl.log(1.0 + x) * (x / divisor))
+
+
+@triton.jit
+def _one_minus_exp(x: tl.tensor) -> tl.tensor:
+    """1 - exp(x) of x <= 0 in float64, corrected likewise where it cancels."""
+    power = tl.exp(x)
+    divisor = tl.log(tl.where((power < 0.5) | (power == 1.0), 0.5, power))
+    small = tl.where(power == 1.0, -x, (1.0 - power) * (x / divisor))
+    return tl.where(power < 0.5, 1.0 - power, small)
+
+
+@triton.jit
+def logprob_and_entropy(
+    target: tl.tensor, row_max: tl.tensor, others: tl.tensor, weighted: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Log of the sum of exp(z - row_max), log-prob of the target and entropy, all float64.
+
+    `others` and `weighted` are the sums of `row_sums` without the target; see
+    `autograd.finish_stats`.
+    """
+    others = others.to(tl.float64)
+    shift = target.to(tl.float64) - row_max
+    shift = tl.where(target == -float("inf"), -float("inf"), shift)
+    power = tl.exp(shift)
+    row_sum = others + power
+    log_sum = tl.where(shift == 0.0, _log1p(others), tl.log(row_sum))
+    weighted = weighted.to(tl.float64) + tl.where(power == 0.0, 0.0, shift * power)
+    return log_sum, shift - log_sum, log_sum - weighted / row_sum
+
+
+@triton.jit
 def write_gradient(
     row_ptr: tl.tensor,
     out_row_ptr: tl.tensor,
@@ -126,7 +165,7 @@ def write_gradient(
     inv_temperature: tl.tensor,
     softcap: tl.tensor,
     row_max: tl.tensor,
-    target_shift: tl.tensor,
+    logprob: tl.tensor,
     log_sum: tl.tensor,
     entropy: tl.tensor,
     coef_logprob: tl.tensor,
@@ -141,10 +180,9 @@ def write_gradient(
     p_j = exp(shift_j - log_sum) with shift_j = z_j - row_max. The factors that all columns share
     are multiplied in float64 and rounded once.
     """
-    logprob = target_shift - log_sum
     probability = tl.exp(logprob)
     surprise = tl.where(probability == 0.0, 0.0, probability * (logprob + entropy))
-    target = coef_logprob * (1.0 - probability) - coef_entropy * surprise
+    target = coef_logprob * _one_minus_exp(logprob) - coef_entropy * surprise
     target = (target * inv_temperature).to(tl.float32)
     common = -inv_temperature * tl.exp(-log_sum)
     weight_logprob = (coef_logprob * common).to(tl.float32)
