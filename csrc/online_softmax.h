@@ -1,4 +1,4 @@
-// Softmax statistics of a row read in pieces, for C++ and CUDA.
+// Softmax statistics of a row read in pieces and what follows from them, for C++ and CUDA.
 //
 // The exact maximum of each piece is known before its exponentials are taken, so every exponent is
 // <= 0 and -inf columns add exactly 0; a piece (or row) of nothing but -inf keeps max = -inf, sum =
@@ -52,5 +52,24 @@ struct OnlineSoftmax {
     add(other.sum, other.weighted);
   }
 };
+
+// log-prob of the target, entropy, and the log of the sum of exp(z - max) over all columns.
+struct RowValues {
+  double logprob;
+  double entropy;
+  double log_sum;
+};
+
+// `others` are the statistics of a row whose maximum is over all columns and whose sums leave the
+// target out. Where the target is the maximum, log1p keeps a 1 - p_y that its 1 would swallow.
+ONEPASS_HOST_DEVICE inline RowValues row_values(const OnlineSoftmax<double>& others,
+                                                double target) {
+  const double shift = target == -INFINITY ? target : target - others.max;
+  const double e = exp(shift);
+  const double sum = others.sum + e;
+  const double weighted = others.weighted + (e == 0.0 ? 0.0 : shift * e);
+  const double log_sum = shift == 0.0 ? log1p(others.sum) : log(sum);
+  return {shift - log_sum, log_sum - weighted / sum, log_sum};
+}
 
 }  // namespace onepass

@@ -1,14 +1,20 @@
 """What a run is judged by, on cases that can be counted by hand."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from trainer.monitors import (
     DRGRPO_REFLECTION,
     R1_REFLECTION,
+    category,
     cons_at_k,
     lengths_by_correctness,
+    majorities_right,
     pass_at_1,
     reflection_rate,
+    reflection_words,
+    repetition,
     zero_spread_share,
 )
 
@@ -46,6 +52,34 @@ def test_cons_at_k_refuses_shapes_that_disagree() -> None:
         cons_at_k([["5"]], [[True, True]])
 
 
+def agree_by_first_letter(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    return [one[0] == other[0] for one, other in pairs]
+
+
+def test_majority_joins_answers_that_agree_though_their_keys_differ() -> None:
+    extracted, correct = [["ax", "b", "b", "ay", "az"]], [[False, True, True, False, False]]
+    assert majorities_right(extracted, correct) == [True]
+    assert majorities_right(extracted, correct, agree_by_first_letter) == [False]
+
+
+def test_majority_tie_of_joined_groups_goes_to_the_one_that_came_first() -> None:
+    extracted = [["b", "ax", "ay", "b"], ["ax", "b", "b", "ay"]]
+    correct = [[False, True, True, False]] * 2
+    correct[1] = [True, False, False, True]
+    assert majorities_right(extracted, correct, agree_by_first_letter) == [False, True]
+
+
+def test_majority_asks_about_each_pair_of_different_answers_once() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def never(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        asked.extend(pairs)
+        return [False] * len(pairs)
+
+    majorities_right([["1", "x", "1.0", "y", "x"]], [[False] * 5], never)
+    assert asked == [("1", "x"), ("1", "y"), ("x", "y")]
+
+
 def test_reflection_rate_of_the_r1_list_needs_whole_words() -> None:
     texts = ["Wait, that is off.", "the butter of the attribute", "let me CHECK", "terror", ""]
     assert reflection_rate(texts, R1_REFLECTION) == pytest.approx(2 / 5)
@@ -58,6 +92,36 @@ def test_reflection_rate_of_the_drgrpo_list_finds_parts_of_words() -> None:
 
 def test_reflection_rate_of_no_texts_is_zero() -> None:
     assert reflection_rate([]) == 0.0
+
+
+def test_reflection_words_counts_every_occurrence_in_one_text() -> None:
+    assert reflection_words("Wait, wait: but the butter. CHECK!", R1_REFLECTION) == 4
+    assert reflection_words("recheck it, then go over the steps", DRGRPO_REFLECTION) == 2
+    assert reflection_words("", R1_REFLECTION) == 0
+
+
+@pytest.mark.parametrize(
+    ("truncated", "extracted", "correct", "expected"),
+    [
+        (True, None, False, "truncated"),
+        (True, "5", True, "truncated"),
+        (False, "5", True, "correct"),
+        (False, "5", False, "incorrect"),
+        (False, None, False, "unformatted"),
+    ],
+)
+def test_category_of_a_completion(
+    truncated: bool, extracted: str | None, correct: bool, expected: str
+) -> None:
+    assert category(truncated=truncated, extracted=extracted, correct=correct) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([], 0.0), ([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([7] * 10, 6 / 7), ([1, 2] * 4, 3 / 5)],
+)
+def test_repetition_is_the_share_of_ngrams_seen_before(tokens: list[int], share: float) -> None:
+    assert repetition(tokens) == pytest.approx(share)
 
 
 def test_lengths_are_split_by_correctness() -> None:

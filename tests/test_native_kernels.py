@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import native_backend, reference
+from kernels.autograd import finish_stats
 from kernels.reference import IGNORED, NOT_OWNED
 
 if native_backend.cpp_unavailable_reason() is not None:
@@ -57,12 +58,9 @@ def gradient(
     out_OIW: Tensor | None = None,
 ) -> Tensor:
     """Both passes of the kernels, with the row values merged in between."""
-    row_max_N, sum_N, weighted_N, _ = native_backend.row_stats(
-        logits_OIW, ids_N, inv_temperature, softcap
-    )
+    stats_4N = native_backend.row_stats(logits_OIW, ids_N, inv_temperature, softcap)
+    _, entropy_N, row_max_N, log_sum_N = finish_stats(stats_4N)
     out_OIW = torch.full_like(logits_OIW, math.nan) if out_OIW is None else out_OIW
-    log_sum_N = sum_N.log()
-    entropy_N = log_sum_N - weighted_N / sum_N
     native_backend.grad_logits(
         logits_OIW,
         ids_N,
@@ -102,11 +100,8 @@ def test_row_values_are_as_exact_as_pytorch(
 ) -> None:
     logits_NW = random_logits(5, width, dtype)
     ids_N = torch.arange(5) % width
-    row_max_N, sum_N, weighted_N, target_N = native_backend.row_stats(
-        logits_NW[None], ids_N, inv_temperature, softcap
-    )
-    logprobs_N = (target_N - row_max_N) - sum_N.log()
-    entropy_N = sum_N.log() - weighted_N / sum_N
+    stats_4N = native_backend.row_stats(logits_NW[None], ids_N, inv_temperature, softcap)
+    logprobs_N, entropy_N, *_ = finish_stats(stats_4N)
     want = plain_values(logits_NW.double(), ids_N, inv_temperature, softcap)
     plain = plain_values(logits_NW.float(), ids_N, inv_temperature, softcap)
     for got_N, plain_N, want_N in zip((logprobs_N, entropy_N), plain, want, strict=True):
@@ -219,7 +214,7 @@ def test_nan_shows_in_active_rows_only(level: str, dtype: torch.dtype) -> None:
     logits_OIW[0, 1, 2500] = math.nan
     ids_N, ones_N = torch.tensor([IGNORED, 7, 7]), torch.ones(3)
     stats_4N = native_backend.row_stats(logits_OIW, ids_N, 1.0, 0.0)
-    assert stats_4N[:, 0].tolist() == [0, 1, 0, 0]
+    assert stats_4N[:, 0].tolist() == [0, 0, 0, 0]
     assert stats_4N[:3, 1].isnan().all()
     assert stats_4N[:, 2].isfinite().all()
     grad_NW = gradient(logits_OIW, ids_N, ones_N, ones_N)[0]
@@ -238,17 +233,78 @@ def test_rows_without_coefficients_are_not_read(level: str) -> None:
 def test_target_gradient_keeps_relative_accuracy(level: str, case: str) -> None:
     logits_NW = torch.zeros(1, 3)
     logits_NW[0, 0] = 17.0 if case == "confident" else -60.0
-    ids_N, one_N = torch.tensor([0]), torch.ones(1)
-    args = (torch.zeros(1), torch.log1p(2 * torch.exp(torch.tensor([-17.0]))))
-    if case == "improbable":
-        args = (torch.zeros(1), torch.log(torch.tensor([2.0])))
-    row_max_N, log_sum_N = args[0] + max(logits_NW[0, 0].item(), 0.0), args[1]
-    out_OIW = torch.empty(1, 1, 3)
-    native_backend.grad_logits(
-        logits_NW[None], ids_N, 1.0, 0.0, row_max_N, log_sum_N, one_N, one_N, 0 * one_N, out_OIW
-    )
+    one_N = torch.ones(1)
+    grad_OIW = gradient(logits_NW[None], torch.tensor([0]), one_N, 0 * one_N)
     want = 1 - logits_NW.double().softmax(-1)[0, 0]
-    assert out_OIW[0, 0, 0].item() == pytest.approx(want.item(), rel=1e-6)
+    assert grad_OIW[0, 0, 0].item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def confident_rows(
+    dtype: torch.dtype, width: int, rests: list[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits whose targets, anywhere in the row, have about 1 - p = rests; the targets; the exact
+    sums of exp(z_j - z_y) over the other columns."""
+    logits_NW = random_logits(len(rests), width, dtype, seed=3)
+    ids_N = torch.linspace(0, width - 1, len(rests)).long()
+    others_NW = logits_NW.double().scatter(1, ids_N[:, None], -math.inf)
+    target_N1 = others_NW.logsumexp(1, keepdim=True) - torch.tensor(rests).double().log()[:, None]
+    logits_NW.scatter_(1, ids_N[:, None], target_N1.to(dtype))
+    others_N = (others_NW - logits_NW.gather(1, ids_N[:, None])).exp().sum(1)
+    return logits_NW, ids_N, others_N
+
+
+# A float32 exponent of 75 is known to 2^-18, and so is a term.
+CONFIDENT_TOLERANCE = 5e-6
+RESTS = [1e-7, 1e-8, 1e-10, 1e-12, 1e-15, 1e-20, 1e-25, 1e-30]
+
+
+@pytest.mark.parametrize("width", [2, 31, 1024, 6001])
+def test_confident_token_keeps_relative_accuracy(
+    level: str, dtype: torch.dtype, width: int
+) -> None:
+    logits_NW, ids_N, others_N = confident_rows(dtype, width, RESTS)
+    stats_4N = native_backend.row_stats(logits_NW[None], ids_N, 1.0, 0.0)
+    logprobs_N, entropy_N, *_ = finish_stats(stats_4N)
+    assert torch.allclose(logprobs_N.double(), -others_N.log1p(), rtol=CONFIDENT_TOLERANCE, atol=0)
+    logp_NW = logits_NW.double().log_softmax(1)
+    others_NW = logp_NW.scatter(1, ids_N[:, None], -math.inf)
+    want_N = others_N.log1p() - (others_NW.exp() * logp_NW).sum(1)
+    assert torch.allclose(entropy_N.double(), want_N, rtol=CONFIDENT_TOLERANCE, atol=0)
+    # Coefficients bring every gradient to the order of 1, which each dtype can express.
+    grad_NW = gradient(logits_NW[None], ids_N, (1 / others_N).float(), torch.zeros(len(RESTS)))[0]
+    want_NW = -logp_NW.exp() / others_N[:, None]
+    want_NW.scatter_(1, ids_N[:, None], (1 / (1 + others_N))[:, None])
+    tolerance = CONFIDENT_TOLERANCE + ROUNDING[dtype]
+    assert torch.allclose(grad_NW.double(), want_NW, rtol=2 * tolerance, atol=1e-7)
+    target_NW = grad_NW.gather(1, ids_N[:, None])
+    assert torch.allclose(target_NW.double()[:, 0], 1 / (1 + others_N), rtol=tolerance, atol=0)
+
+
+def test_confident_token_keeps_relative_accuracy_under_a_softcap(level: str) -> None:
+    logits_NW, ids_N, _ = confident_rows(torch.float32, 6001, [1e-8, 1e-12, 1e-15])
+    z_NW = 50 * torch.tanh(logits_NW.double() / 50)
+    others_NW = (z_NW - z_NW.gather(1, ids_N[:, None])).scatter(1, ids_N[:, None], -math.inf)
+    stats_4N = native_backend.row_stats(logits_NW[None], ids_N, 1.0, 50.0)
+    logprobs_N, *_ = finish_stats(stats_4N)
+    # z of the target is 50 times a float32 tanh.
+    want_N = -others_NW.exp().sum(1).log1p()
+    assert torch.allclose(logprobs_N.double(), want_N, rtol=2e-5, atol=0)
+
+
+def test_target_is_left_out_of_the_sums_alone(level: str, dtype: torch.dtype) -> None:
+    logits_NW = random_logits(4, 3000, dtype)
+    ids_N = torch.tensor([0, 1023, 1024, 2999])
+    removed_NW = logits_NW.scatter(1, ids_N[:, None], -math.inf)
+    maximum_NW = logits_NW.amax(1, keepdim=True)
+    # With the maximum of each row at its end, both have the same exponents.
+    logits_NW, removed_NW = (torch.cat([x, maximum_NW], 1) for x in (logits_NW, removed_NW))
+    stats_4N = native_backend.row_stats(logits_NW[None], ids_N, 1.3, 0.0)
+    elsewhere_N = torch.full((4,), NOT_OWNED)
+    removed_4N = native_backend.row_stats(removed_NW[None], elsewhere_N, 1.3, 0.0)
+    assert torch.allclose(stats_4N[:3], removed_4N[:3], rtol=1e-6)
+    whole_4N = native_backend.row_stats(logits_NW[None], elsewhere_N, 1.3, 0.0)
+    e_N = (stats_4N[3].double() - stats_4N[0]).exp()
+    assert torch.allclose(whole_4N[1].double(), stats_4N[1] + e_N, rtol=1e-6)
 
 
 def views_of(logits_NW: Tensor) -> dict[str, Callable[[], Tensor]]:

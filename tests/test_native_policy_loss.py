@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kernels
 from kernels import advantages, native_backend, reference, token_loss
+from kernels.autograd import finish_stats
 from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.testing import eager_policy_loss, grpo_batch
@@ -89,14 +90,16 @@ def specified(
     inv_temperature: Tensor | float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[FusedLoss, Tensor]:
-    """The same by `reference` in float64: two passes, and the derivative by autograd."""
+    """The same in float64: log_softmax, `token_loss`, the gradient by `reference`."""
     logits_OIW, ids_N = logits_OIW.double(), batch.token_ids_N
-    stats = reference.row_stats(logits_OIW, ids_N, inv_temperature, softcap)
-    row_max_N, sum_N, weighted_N, target_N = stats
+    ids_N1 = ids_N.clamp(min=0)[:, None]
     active_N = ids_N != IGNORED
-    log_sum_N = sum_N.log()
-    logprobs_N = torch.where(active_N, target_N - row_max_N - log_sum_N, 0.0)
-    entropy_N = torch.where(active_N, log_sum_N - weighted_N / sum_N, 0.0)
+    z_NW = reference.scaled_logits(logits_OIW, inv_temperature, softcap)
+    logp_NW = z_NW.log_softmax(-1)
+    row_max_N = z_NW.amax(-1)
+    log_sum_N = z_NW.logsumexp(-1) - row_max_N
+    logprobs_N = torch.where(active_N, logp_NW.gather(1, ids_N1)[:, 0], 0.0)
+    entropy_N = torch.where(active_N, -(logp_NW.exp() * logp_NW).sum(-1), 0.0)
     terms = token_loss.token_terms(batch, spec)
     loss, *coefs = token_loss.loss_and_derivatives(logprobs_N, entropy_N, terms, spec)
     metrics = token_loss.loss_metrics(logprobs_N, entropy_N, *coefs, batch, terms, spec)
@@ -271,6 +274,40 @@ def test_overflowing_ratio_leaves_zero_gradient_where_clipped_or_without_advanta
     fused, grad_OIW = run(logits_OIW, batch, LossSpec(dual_clip=3.0))
     assert torch.equal(grad_OIW, torch.zeros_like(grad_OIW))
     assert fused.loss.item() == pytest.approx((0.0 - 1.2 + 3.0) / 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("inv_temperature", "softcap"), [(1.0, 0.0), (1.3, 0.0), (0.9, 25.0)])
+def test_logprobs_are_those_of_row_stats_to_the_bit(
+    dtype: torch.dtype, inv_temperature: float, softcap: float
+) -> None:
+    logits_OIW, batch = random_batch(dtype)
+    fused, _ = run(logits_OIW, batch, SPECS["k3"], inv_temperature, softcap)
+    stats_4N = native_backend.row_stats(logits_OIW, batch.token_ids_N, inv_temperature, softcap)
+    logprobs_N, entropy_N, *_ = finish_stats(stats_4N)
+    active_N = batch.token_ids_N != IGNORED
+    assert torch.equal(fused.logprobs_N[active_N], logprobs_N[active_N])
+    assert torch.equal(fused.entropy_N[active_N], entropy_N[active_N])
+
+
+@pytest.mark.parametrize("rest", [1e-7, 1e-12, 1e-20, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_confident_token_keeps_relative_accuracy(dtype: torch.dtype, rest: float) -> None:
+    logits_OIW = torch.zeros(1, 1, 3000, dtype=dtype)
+    logits_OIW[0, 0, 1700] = math.log(2999 / rest)
+    others = 2999 * math.exp(-logits_OIW[0, 0, 1700].item())
+    # The advantage brings the gradient to the order of 1, which each dtype can express.
+    batch = TokenBatch(
+        token_ids_N=torch.tensor([1700]),
+        offsets=torch.tensor([0, 1]),
+        advantages_N=torch.tensor([-1 / rest], dtype=torch.float64),
+    )
+    fused, grad_OIW = run(logits_OIW, batch, LossSpec(surrogate="reinforce"))
+    assert fused.logprobs_N.item() == pytest.approx(-math.log1p(others), rel=2e-6)
+    want = others / (1 + others) / rest
+    rounding = torch.finfo(dtype).eps
+    assert grad_OIW[0, 0, 1700].item() == pytest.approx(want, rel=2e-6 + rounding)
+    assert grad_OIW[0, 0, 0].item() == pytest.approx(-want / 2999, rel=2e-5 + rounding)
 
 
 def test_nothing_active_gives_zero() -> None:

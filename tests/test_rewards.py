@@ -4,6 +4,7 @@ import json
 import math
 import random
 import string
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -92,6 +93,10 @@ def test_thought_opened_by_the_prompt_is_not_opened_again() -> None:
         ("<think>so \\boxed{5}", 0.0, None),
         ("so 5", 0.0, None),
         ("\\boxed{5}<|im_end|>\n<|im_start|>user\n2?<|im_end|> \\boxed{6}", 1.0, "5"),
+        ("\\boxed{5}<|endoftext|>Human: 2? \\boxed{6}", 1.0, "5"),
+        ("<think><think>a</think></think> \\boxed{5}", 0.0, None),
+        ("<think>a</think></think> \\boxed{5}", 0.0, None),
+        ("\\boxed{5}<think>a</think>", 0.0, None),
         ("\\boxed{5<|im_end|>}", 0.0, None),
         ("\\boxed{5<s>}", 1.0, "5"),
         ("\\boxed{<s>5}", 1.0, "<s>5"),
@@ -102,6 +107,34 @@ def test_boxes_decide_format_and_answer(
 ) -> None:
     assert format_reward(completion, QWEN) == formatted
     assert extract_answer(completion, QWEN) == answer
+
+
+@pytest.mark.parametrize("next_turn", ["User: 2?", "Human: 2?", "Question: 2?", "Q: 2?"])
+def test_without_a_template_only_the_first_turn_counts(next_turn: str) -> None:
+    for answer, formatted in (("\\boxed{5}", 1.0), ("5", 0.0)):
+        completion = f" so {answer}\n\n{next_turn}\nA: \\boxed{{6}}"
+        assert format_reward(completion, NONE) == formatted
+        assert extract_answer(completion, NONE) == (answer[7:-1] or None)
+    assert extract_answer(f"The {next_turn} is easy: \\boxed{{5}}", NONE) == "5"
+
+
+@pytest.mark.parametrize(
+    ("completion", "formatted", "answer"),
+    [
+        ("so \\boxed{5}", 0.0, None),
+        ("so</think> \\boxed{5}", 1.0, "5"),
+        (" </think> \\boxed{5}", 0.0, "5"),
+        ("<think>so</think> \\boxed{5}", 0.0, None),
+        ("so</think></think> \\boxed{5}", 0.0, None),
+        ("\\boxed{5}</think> I do not know", 0.0, None),
+    ],
+)
+def test_boxes_after_a_thought_that_the_prompt_opened(
+    completion: str, formatted: float, answer: str | None
+) -> None:
+    chat = replace(template_by_name("chat"), opens_think=True)
+    assert format_reward(completion, chat) == formatted
+    assert extract_answer(completion, chat) == answer
 
 
 @pytest.mark.parametrize(

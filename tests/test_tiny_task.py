@@ -90,7 +90,7 @@ def mixture() -> list[tuple[str, str]]:
 
 def test_problems_have_right_answers_and_totals_in_range():
     for problem in [training_problem(3, index) for index in range(300)] + held_out_problems(300):
-        assert int(problem.answer) == right_answer(problem.question)
+        assert int(problem.answer_text) == right_answer(problem.question)
         words = problem.question.removesuffix(" = ?").split()
         assert 7 <= len(words) <= 9
         for end in range(1, len(words) + 1, 2):

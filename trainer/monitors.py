@@ -6,11 +6,17 @@ Shape legend: P prompts, G or K completions per prompt, S completions in all.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from trainer.rewards.matching import answer_key
+
+Category = Literal["correct", "incorrect", "unformatted", "truncated"]
+CATEGORIES: tuple[Category, ...] = ("correct", "incorrect", "unformatted", "truncated")
+AnswersAgree = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
+"""Tells of each pair of answers whether the two mean the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,36 +98,79 @@ def pass_at_1(correct_PK: Sequence[Sequence[bool]]) -> float:
 def cons_at_k(
     extracted_PK: Sequence[Sequence[str | None]], correct_PK: Sequence[Sequence[bool]]
 ) -> float:
-    """Share of problems whose majority answer is right.
+    """Share of problems whose majority answer is right; see `majorities_right`.
 
-    Answers are grouped by `answer_key`; completions without an answer have no vote; of groups of
-    equal size the one whose first member came first wins. A problem without any answer counts as
-    wrong.
+    Raises:
+        ValueError: as `pass_at_1`, or the two disagree in shape.
+    """
+    _check_samples(correct_PK)
+    return _mean([float(right) for right in majorities_right(extracted_PK, correct_PK)])
+
+
+def majorities_right(
+    extracted_PK: Sequence[Sequence[str | None]],
+    correct_PK: Sequence[Sequence[bool]],
+    answers_agree: AnswersAgree | None = None,
+) -> list[bool]:
+    """Whether the majority answer of each problem is right, `[P]`.
+
+    Completions without an answer have no vote; of groups of equal size the one whose first member
+    came first wins. A problem without any answer counts as wrong.
 
     Args:
         extracted_PK: the extracted answers, None where there is none.
         correct_PK: whether each was graded right; a group is right when one of its members is.
+        answers_agree: called with pairs of answers to the same problem that differ by `answer_key`,
+            the earlier first. An answer joins the first group whose first member it agrees with.
+            None: answers agree when their keys are equal.
 
     Raises:
-        ValueError: as `pass_at_1`, or the two disagree in shape.
+        ValueError: the two disagree in shape.
 
     Source: DeepSeek-R1, arXiv 2501.12948, cons@64 by majority vote.
     """
-    _check_samples(correct_PK)
     if [len(answers_K) for answers_K in extracted_PK] != [len(row_K) for row_K in correct_PK]:
         raise ValueError("extracted_PK: expected the shape of correct_PK, got another")
-    return _mean(
-        [
-            float(_majority_is_right(answers_K, correct_K))
-            for answers_K, correct_K in zip(extracted_PK, correct_PK, strict=True)
-        ]
-    )
+    return [
+        _majority_is_right(answers_K, correct_K, answers_agree)
+        for answers_K, correct_K in zip(extracted_PK, correct_PK, strict=True)
+    ]
 
 
 def reflection_rate(texts: Sequence[str], words: ReflectionWords = R1_REFLECTION) -> float:
     """Share of texts that hold at least one of the words; 0 for no texts."""
     pattern = _word_pattern(words)
     return _mean([float(pattern.search(text) is not None) for text in texts]) if texts else 0.0
+
+
+def reflection_words(text: str, words: ReflectionWords = R1_REFLECTION) -> int:
+    """How many times the words occur in a text.
+
+    Source: DeepSeek-R1, arXiv 2501.12948 v2, figure 9 counts words (its normalisation is not
+    stated; the mean over completions is what is logged here).
+    """
+    return sum(1 for _ in _word_pattern(words).finditer(text))
+
+
+def category(*, truncated: bool, extracted: str | None, correct: bool) -> Category:
+    """What became of a completion: cut at the budget, without an answer, right or wrong.
+
+    Source: Dr. GRPO, arXiv 2503.20783, figure 14 and table 5.
+    """
+    if truncated:
+        return "truncated"
+    if correct:
+        return "correct"
+    return "unformatted" if extracted is None else "incorrect"
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of a completion's n-grams of tokens that occurred in it before; 0 below n tokens.
+
+    Source: seq-rep-4 of Welleck et al. 2020, arXiv 1908.04319, section 6.
+    """
+    ngrams = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def lengths_by_correctness(lengths_S: Sequence[int], correct_S: Sequence[bool]) -> Lengths:
@@ -157,16 +206,43 @@ def zero_spread_share(rewards_PG: Sequence[Sequence[float]]) -> float:
     return _mean([float(max(rewards_G) == min(rewards_G)) for rewards_G in rewards_PG])
 
 
-def _majority_is_right(answers_K: Sequence[str | None], correct_K: Sequence[bool]) -> bool:
+def _majority_is_right(
+    answers_K: Sequence[str | None],
+    correct_K: Sequence[bool],
+    answers_agree: AnswersAgree | None,
+) -> bool:
     votes: dict[object, int] = {}
     right: dict[object, bool] = {}
+    first_answer: dict[object, str] = {}
+    group_of: dict[object, object] = {}
     for answer, correct in zip(answers_K, correct_K, strict=True):
-        if answer is not None:
-            key = answer_key(answer)
-            votes[key] = votes.get(key, 0) + 1
-            right[key] = right.get(key, False) or correct
-    # max keeps the first of equals, and a dict keeps the order in which answers came.
+        if answer is None:
+            continue
+        key = answer_key(answer)
+        if key not in group_of:
+            group_of[key] = _group(key, answer, first_answer, answers_agree)
+        group = group_of[key]
+        first_answer.setdefault(group, answer)
+        votes[group] = votes.get(group, 0) + 1
+        right[group] = right.get(group, False) or correct
+    # max keeps the first of equals, and a dict keeps the order in which groups came.
     return bool(votes) and right[max(votes, key=votes.__getitem__)]
+
+
+def _group(
+    key: object,
+    answer: str,
+    first_answer: dict[object, str],
+    answers_agree: AnswersAgree | None,
+) -> object:
+    """The key of the group that an answer with a new key belongs to."""
+    if answers_agree is None or not first_answer:
+        return key
+    agreements = answers_agree([(first, answer) for first in first_answer.values()])
+    for group, agree in zip(first_answer, agreements, strict=True):
+        if agree:
+            return group
+    return key
 
 
 @lru_cache(maxsize=8)

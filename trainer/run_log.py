@@ -77,7 +77,7 @@ class Sample:
         return cls(
             problem_id=problem.problem_id,
             question=problem.question,
-            answer=problem.answer,
+            answer=problem.answer_text,
             prompt=prompt,
             completion=completion,
             extracted=reward.extracted,

@@ -8,8 +8,8 @@ reduced to their final answer.
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.rewards.extraction import extract_boxed
@@ -34,8 +34,21 @@ class Problem:
     """Unique within a data set; random choices for the problem derive from it."""
     question: str
     """The text that a template turns into a prompt."""
-    answer: str
-    """The accepted final answer."""
+    answer: str | list[str]
+    """The accepted final answer; of a list, each one is accepted. Empty for a problem that has a
+    verifier or tests instead."""
+    level: int | None = None
+    """Difficulty as the data set states it, 1 to 5 for MATH."""
+    verifier: Callable[[str | None], float] | None = None
+    """Scores an extracted answer (None: there is none) from 0 to 1, in place of comparing it with
+    `answer`; picklable."""
+    columns: dict[str, object] = field(default_factory=dict)
+    """The record's other columns, passed to a user's reward under their names."""
+
+    @property
+    def answer_text(self) -> str:
+        """The accepted answers as one text, to be shown."""
+        return self.answer if isinstance(self.answer, str) else " or ".join(self.answer)
 
 
 def load_problems(

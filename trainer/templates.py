@@ -35,7 +35,7 @@ class Template:
     opens_think: bool = False
     """The prompt itself ends in <think>, so that a completion starts inside the thought."""
     turn_marks: tuple[str, ...] = ()
-    """Text that ends the first assistant turn; what follows it is not graded."""
+    """Text that ends the first assistant turn; it and what follows are not graded."""
 
     def prompt(self, question: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """The text a completion is sampled after.
@@ -108,6 +108,10 @@ _QWEN_MATH = (
     "<|im_start|>assistant\n"
 )
 
+# How base models go on with the next problem once they have solved theirs, where no tag or token of
+# the template ends a turn. lm-evaluation-harness stops its few-shot tasks at such strings too.
+_NEXT_TURN = ("\nUser:", "\nHuman:", "\nQuestion:", "\nProblem:", "\nQ:")
+
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
@@ -121,8 +125,20 @@ TEMPLATES: dict[str, Template] = {
             stop=(ANSWER_CLOSE,),
             opens_think=True,
         ),
-        Template(name="qwen-math", text=_QWEN_MATH, answer_in="boxed", turn_marks=("<|im_end|>",)),
-        Template(name="none", text=_QUESTION, answer_in="boxed"),
+        Template(
+            name="qwen-math",
+            text=_QWEN_MATH,
+            answer_in="boxed",
+            turn_marks=("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+        ),
+        # Theirs has no stop strings, and a last box in a turn that the model made up would count.
+        Template(
+            name="none",
+            text=_QUESTION,
+            answer_in="boxed",
+            stop=_NEXT_TURN,
+            turn_marks=_NEXT_TURN,
+        ),
         Template(name="chat", text=None, answer_in="boxed"),
         Template(
             name="tiny",

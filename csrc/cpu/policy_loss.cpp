@@ -161,17 +161,18 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
       if (out) std::memset(out, 0, outputs.grad->row_bytes());
       return;
     }
-    const Row row = row_of(logits, scale, n, next);
+    const Row row = row_of(logits, scale, n, id, next);
     const TargetLogit target = target_logit(read_column(logits, n, id), row, kernels);
     float* room = keep_in_grad ? static_cast<float*>(out) : &kept[slot * kept_columns];
     const RowTrace trace = {keep ? room : nullptr, &bases[slot * blocks]};
-    const OnlineSoftmax<double> total = forward(row, trace);
-    // Rounded to float32 where row_stats and its caller do, so that the log-probs are those of
-    // token_logprobs to the bit and a token that has not changed has a ratio of exactly 1.
-    const double sum = static_cast<float>(total.sum);
-    const double log_sum = std::log(sum);
-    outputs.logprobs[n] = static_cast<float>((target.z - total.max) - log_sum);
-    outputs.entropy[n] = static_cast<float>(log_sum - static_cast<float>(total.weighted) / sum);
+    OnlineSoftmax<double> others = forward(row, trace);
+    // Rounded to float32 where row_stats does, so that the log-probs are those of token_logprobs to
+    // the bit and a token that has not changed has a ratio of exactly 1.
+    others.sum = static_cast<float>(others.sum);
+    others.weighted = static_cast<float>(others.weighted);
+    const RowValues values = row_values(others, target.z);
+    outputs.logprobs[n] = static_cast<float>(values.logprob);
+    outputs.entropy[n] = static_cast<float>(values.entropy);
     Token& token = tokens[n];
     token.logprob = outputs.logprobs[n];
     token.entropy = outputs.entropy[n];
@@ -181,8 +182,12 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
       std::memset(out, 0, outputs.grad->row_bytes());
       return;
     }
-    const RowGrad grad = {
-        out, total.max, log_sum, token.entropy, losses[n].slope_logprob, losses[n].slope_entropy};
+    const RowGrad grad = {out,
+                          others.max,
+                          values.log_sum,
+                          token.entropy,
+                          losses[n].slope_logprob,
+                          losses[n].slope_entropy};
     backward(row, trace, grad);
     write_column(*outputs.grad, n, id, target_gradient(target, grad));
   });

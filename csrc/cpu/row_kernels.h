@@ -20,6 +20,8 @@ struct Row {
   int64_t width;
   float inv_temperature;
   float softcap;
+  // Counts for the maximum but not for the sums; negative: no such column. NaN is not left out.
+  int64_t target;
   // The row that this thread reads next, brought into the cache on the way; null: none.
   const void* next;
 };

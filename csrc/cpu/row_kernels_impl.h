@@ -3,7 +3,8 @@
 // the target: inline functions shared with other files must keep the baseline.
 //
 // Order of every sum: columns within kSums accumulators over a block, their lanes in double, blocks
-// in double from first to last. It depends on the width alone.
+// in double from first to last. It depends on the width alone; the target stays in its place as an
+// exact 0.
 #pragma once
 
 #include "row_kernels.h"
@@ -121,11 +122,21 @@ void sum_block(const Element* x, int64_t count, const Transform<kScaling>& trans
   total.add(sum, weighted);
 }
 
+// The block itself, or a copy of it in which the target counts nothing.
+template <class Element>
+const Element* without_target(const Element* x, int64_t count, int64_t target, Element* copy) {
+  if (target < 0 || target >= count || __builtin_isnan(to_float(x[target]))) return x;
+  std::memcpy(copy, x, count * sizeof(Element));
+  from_float(-__builtin_inff(), copy + target);
+  return copy;
+}
+
 template <class Element, Scaling kScaling, bool kKeep>
 OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
   const Transform<kScaling> transform(row);
   const Element* x = static_cast<const Element*>(row.logits);
   const Element* ahead = static_cast<const Element*>(row.next);
+  Element copy[kBlockColumns];
   OnlineSoftmax<double> total;
   for (int64_t start = 0; start < row.width; start += kBlockColumns) {
     const int64_t left = row.width - start;
@@ -133,8 +144,50 @@ OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
     total.raise_max(block_max(x + start, count, transform));
     if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     float* kept = kKeep ? trace.exponentials + start : nullptr;
-    sum_block<Element, kScaling, kKeep>(x + start, count, transform, kept,
-                                        ahead ? ahead + start : nullptr, total);
+    sum_block<Element, kScaling, kKeep>(without_target(x + start, count, row.target - start, copy),
+                                        count, transform, kept, ahead ? ahead + start : nullptr,
+                                        total);
+  }
+  return total;
+}
+
+// z of a block, in the order of the element type's lanes and whole groups, absent columns -inf;
+// returns the number of columns of all groups.
+template <class Element, Scaling kScaling>
+int64_t transform_block(const Element* x, int64_t count, const Transform<kScaling>& transform,
+                        float* z) {
+  int64_t j = 0;
+  for (; j + kColumns <= count; j += kColumns) store(transform(load(x + j)), z + j);
+  if (j == count) return count;
+  const int rest = static_cast<int>(count - j);
+  store(transform(load_first(x + j, rest)) + absent_after<Element>(rest), z + j);
+  return j + kColumns;
+}
+
+// The softcap is taken once a column, and its z kept for the two loops over a block: no logit has a
+// z of -inf, so that the target can only be left out there.
+template <class Element>
+OnlineSoftmax<double> forward_softcapped(const Row& row, const RowTrace& trace) {
+  const Transform<Scaling::kSoftcap> transform(row);
+  const Transform<Scaling::kNone> as_it_is(row);
+  const Element* x = static_cast<const Element*>(row.logits);
+  const Element* ahead = static_cast<const Element*>(row.next);
+  float z[kBlockColumns];
+  OnlineSoftmax<double> total;
+  for (int64_t start = 0; start < row.width; start += kBlockColumns) {
+    const int64_t left = row.width - start;
+    const int64_t count = left < kBlockColumns ? left : kBlockColumns;
+    if (ahead) prefetch(ahead + start, count);
+    const int64_t columns = transform_block(x + start, count, transform, z);
+    total.raise_max(block_max(z, columns, as_it_is));
+    if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
+    const int64_t target = row.target - start;
+    if (target >= 0 && target < count) {
+      const int64_t group = target / kColumns * kColumns;
+      const Floats hole = absent_at<Element>(static_cast<int>(target - group));
+      store(load(z + group) + hole, z + group);
+    }
+    sum_block<float, Scaling::kNone, false>(z, columns, as_it_is, nullptr, nullptr, total);
   }
   return total;
 }
@@ -154,7 +207,7 @@ template <class Element>
 OnlineSoftmax<double> forward(const Row& row, const RowTrace& trace) {
   switch (scaling_of(row)) {
     case Scaling::kSoftcap:
-      return forward_as<Element, Scaling::kSoftcap, false>(row, trace);
+      return forward_softcapped<Element>(row, trace);
     case Scaling::kTemperature:
       return forward_scaled<Element, Scaling::kTemperature>(row, trace);
     default:

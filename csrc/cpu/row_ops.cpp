@@ -11,20 +11,19 @@ void row_stats(const LogitsView& logits, const int64_t* token_ids, const RowScal
   const int64_t rows = logits.num_rows();
   for_each_row(logits, threads_for(logits, threads), [&](int, int64_t n, int64_t next) {
     const int64_t id = token_ids[n];
-    OnlineSoftmax<double> total;
-    total.max = 0.0f;
-    total.sum = 1.0;
+    OnlineSoftmax<double> others;
+    others.max = 0.0f;
     float target = 0.0f;
     if (id != kIgnoredId) {
-      const Row row = row_of(logits, scale, n, next);
-      total = forward(row, {});
-      if (std::isnan(total.sum)) total.max = NAN;
+      const Row row = row_of(logits, scale, n, id, next);
+      others = forward(row, {});
+      if (std::isnan(others.sum)) others.max = NAN;
       if (id >= 0)
         target = static_cast<float>(target_logit(read_column(logits, n, id), row, kernels).z);
     }
-    stats[n] = total.max;
-    stats[rows + n] = static_cast<float>(total.sum);
-    stats[2 * rows + n] = static_cast<float>(total.weighted);
+    stats[n] = others.max;
+    stats[rows + n] = static_cast<float>(others.sum);
+    stats[2 * rows + n] = static_cast<float>(others.weighted);
     stats[3 * rows + n] = target;
   });
 }
@@ -40,7 +39,7 @@ void grad_logits(const LogitsView& logits, const int64_t* token_ids, const RowSc
       std::memset(out.row(n), 0, out.row_bytes());
       return;
     }
-    const Row row = row_of(logits, scale, n, next);
+    const Row row = row_of(logits, scale, n, id, next);
     const RowGrad grad = {out.row(n),        inputs.row_max[n],      inputs.log_sum[n],
                           inputs.entropy[n], inputs.coef_logprob[n], inputs.coef_entropy[n]};
     TargetLogit target;

@@ -175,6 +175,14 @@ inline Floats absent_after(int count) {
   return load(buffer);
 }
 
+// -inf in the given column of a group, 0 in the others.
+template <class Element>
+inline Floats absent_at(int column) {
+  Element buffer[kColumns] = {};
+  from_float(-__builtin_inff(), buffer + column);
+  return load(buffer);
+}
+
 inline double sum_columns(Floats value) {
   double sum = 0.0;
   for (int lane = 0; lane < kLanes; ++lane) sum += double{value.first[lane]} + value.second[lane];

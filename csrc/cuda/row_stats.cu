@@ -50,9 +50,10 @@ __device__ float effective_logit(float x, float inv_temperature, float softcap) 
   return __fmul_rn(inv_temperature, x);
 }
 
+// The maximum is over all columns; the sums leave the target out, unless it is NaN.
 template <class Element, bool kAligned>
-__device__ Stats thread_stats(const Element* row, int64_t width, float inv_temperature,
-                              float softcap) {
+__device__ Stats thread_stats(const Element* row, int64_t width, int64_t target,
+                              float inv_temperature, float softcap) {
   constexpr int kSize = Pack<Element>::kSize;
   Stats stats;
   for (int64_t start = int64_t{threadIdx.x} * kSize; start < width;
@@ -72,7 +73,8 @@ __device__ Stats thread_stats(const Element* row, int64_t width, float inv_tempe
     float sum = 0.0f, weighted = 0.0f;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float exponent = z[i] - base;
+      const bool left_out = start + i == target && !isnan(z[i]);
+      const float exponent = left_out ? -INFINITY : z[i] - base;
       const float e = expf(exponent);
       sum += e;
       weighted += e == 0.0f ? 0.0f : exponent * e;
@@ -128,13 +130,12 @@ __global__ void __launch_bounds__(kThreadsPerRow)
     const int64_t id = token_ids[n];
     Stats joined;
     joined.max = 0.0f;
-    joined.sum = 1.0f;
     float target = 0.0f;
     if (id != kIgnoredId) {
       const Element* row = reinterpret_cast<const Element*>(logits.row(n));
       const float inv_temperature = scale.inv_temperature[n * scale.stride];
       joined = block_stats(
-          thread_stats<Element, kAligned>(row, logits.width, inv_temperature, scale.softcap));
+          thread_stats<Element, kAligned>(row, logits.width, id, inv_temperature, scale.softcap));
       if (isnan(joined.sum)) joined.max = NAN;
       if (id >= 0) target = effective_logit(widen(row[id]), inv_temperature, scale.softcap);
     }

@@ -2,13 +2,17 @@
 
 from trainer.rewards.extraction import extract_answer, extract_boxed, format_reward
 from trainer.rewards.matching import answer_key, answers_match
+from trainer.rewards.math_grader import Grade, MathGrader, check_gold
 from trainer.rewards.scoring import Reward, accuracy_reward, score
 
 __all__ = [
+    "Grade",
+    "MathGrader",
     "Reward",
     "accuracy_reward",
     "answer_key",
     "answers_match",
+    "check_gold",
     "extract_answer",
     "extract_boxed",
     "format_reward",

@@ -73,7 +73,8 @@ def score(
     rewards = []
     for completion, problem, cut_off in zip(completions, problems, truncated, strict=True):
         extracted = None if cut_off else extract_answer(completion, template)
-        correct = extracted is not None and answers_match(problem.answer, extracted)
+        golds = [problem.answer] if isinstance(problem.answer, str) else problem.answer
+        correct = extracted is not None and any(answers_match(gold, extracted) for gold in golds)
         accuracy, formatted = float(correct), format_reward(completion, template)
         rewards.append(
             Reward(
