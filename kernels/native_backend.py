@@ -208,7 +208,8 @@ def policy_loss(
         )
     )
     loss = torch.empty((), dtype=torch.float32)
-    logprobs_N, entropy_N = torch.empty(2, num_tokens, dtype=torch.float32)
+    logprobs_N = torch.empty(num_tokens, dtype=torch.float32)
+    entropy_N = torch.empty_like(logprobs_N)
     metrics = torch.empty(len(METRIC_NAMES), dtype=torch.float32)
     native.policy_loss(
         _view(native, logits_OIW),

@@ -8,6 +8,8 @@ Shapes: N packed tokens, S sequences. Results are float64.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -193,11 +195,26 @@ def loss_and_derivatives(
     logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (0-d) and its derivatives by log-prob and entropy ([N]), all float64."""
-    # torch.func also differentiates inside a custom op, where autograd records nothing.
-    slopes, loss = torch.func.grad_and_value(objective, argnums=(0, 1))(
-        logprobs_N.detach().double(), entropy_N.detach().double(), terms, spec
-    )
-    return loss, *slopes
+    with recording_gradients():
+        logprobs_N = logprobs_N.detach().double().requires_grad_()
+        entropy_N = entropy_N.detach().double().requires_grad_()
+        loss = objective(logprobs_N, entropy_N, terms, spec)
+        coef_logprob_N, coef_entropy_N = torch.autograd.grad(
+            loss, (logprobs_N, entropy_N), materialize_grads=True
+        )
+    return loss.detach(), coef_logprob_N, coef_entropy_N
+
+
+@contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Gradient mode, also inside a custom op, whose body runs with autograd's dispatch shut off."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def objective(logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: LossSpec) -> Tensor:

@@ -1,5 +1,7 @@
 """The ops under torch.compile and torch.library: registered rightly, traced whole, compiled once."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ LOSSES = {
     "grpo": LossSpec.preset("grpo", kl="k3", kl_weight=0.1),
     "gspo": LossSpec.preset("gspo", entropy_weight=0.01),
 }
+
+
+@pytest.fixture(autouse=True)
+def any_compilation() -> Iterator[None]:
+    """Undoes a test's ban on compiling again."""
+    yield
+    torch.compiler.set_stance("default")
 
 
 def arguments_of(batch: GrpoBatch, spec: LossSpec, temperature: float) -> tuple[object, ...]:
@@ -101,15 +110,10 @@ def both_ops(
 def test_one_graph_serves_every_length_temperature_and_clip(
     backend: str, device: str, loss: str, compiler: str
 ) -> None:
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the traced program is the same; in Triton's interpreter it takes a minute")
     torch.compiler.reset()
-    graphs = 0
-
-    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        nonlocal graphs
-        graphs += 1
-        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
-
-    compiled = torch.compile(both_ops, fullgraph=True, dynamic=True, backend=counted)
+    compiled = torch.compile(both_ops, fullgraph=True, dynamic=True, backend=compiler)
     spec = LOSSES[loss]
     for num_tokens, temperature, clip in ((24, 1.0, 0.2), (40, 0.7, 0.3), (56, 1.3, 0.25)):
         batch = grpo_batch(num_tokens, WIDTH, torch.float32, device=device)
@@ -123,7 +127,7 @@ def test_one_graph_serves_every_length_temperature_and_clip(
             results.append((value.detach(), kl, leaf.grad))
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert graphs == 1
+        torch.compiler.set_stance("fail_on_recompile")
 
 
 def test_memory_is_not_overwritten_in_a_compiled_program() -> None:
