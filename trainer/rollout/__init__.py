@@ -20,7 +20,7 @@ class Completion:
     """int64 `[n]`, the token that ended it included."""
     logprobs: np.ndarray
     """float32 `[n]`: log-probability of each token under the sampler, at the sampling
-    temperature."""
+    temperature and within the nucleus."""
     finish_reason: Literal["stop", "length"]
     """Ended by itself (end token or stop string), or cut at the budget."""
 
@@ -38,6 +38,7 @@ class Sampler(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
     ) -> list[list[Completion]]:
         """Samples `keys_PG.shape[1]` completions of each prompt.
 
@@ -46,4 +47,6 @@ class Sampler(Protocol):
             keys_PG: uint64, the random stream of each completion (`trainer.seeds`).
             max_new_tokens: longest completion.
             temperature: 0 takes the most likely token, with its log-probability at temperature 1.
+            top_p: samples from the nucleus, the fewest most likely tokens whose probabilities reach
+                this; above 0. Train with 1: otherwise the log-probabilities are not the policy's.
         """
