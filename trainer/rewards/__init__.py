@@ -1,6 +1,7 @@
 """Rule-based rewards: the final answer of a completion, its grade, what it earns."""
 
 from trainer.rewards.extraction import extract_answer, extract_boxed, format_reward
+from trainer.rewards.language import language_consistency
 from trainer.rewards.matching import answer_key, answers_match
 from trainer.rewards.math_grader import Grade, MathGrader, check_gold
 from trainer.rewards.scoring import Reward, accuracy_reward, score
@@ -16,5 +17,6 @@ __all__ = [
     "extract_answer",
     "extract_boxed",
     "format_reward",
+    "language_consistency",
     "score",
 ]
