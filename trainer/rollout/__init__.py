@@ -4,7 +4,7 @@ Token ids, never text, cross from here to the update, together with the sampler'
 log-probabilities.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -39,6 +39,7 @@ class Sampler(Protocol):
         max_new_tokens: int,
         temperature: float,
         top_p: float = 1.0,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Samples `keys_PG.shape[1]` completions of each prompt.
 
@@ -49,4 +50,6 @@ class Sampler(Protocol):
             temperature: 0 takes the most likely token, with its log-probability at temperature 1.
             top_p: samples from the nucleus, the fewest most likely tokens whose probabilities reach
                 this; above 0. Train with 1: otherwise the log-probabilities are not the policy's.
+            on_group: called with the place of a prompt and its completions when they are complete
+                while others are still being sampled; for the last ones there is no need to.
         """

@@ -10,7 +10,7 @@ decoded, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,6 +157,7 @@ class TransformersSampler:
         max_new_tokens: int,
         temperature: float,
         top_p: float = 1.0,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Samples `keys_PG.shape[1]` completions of each prompt; see `trainer.rollout.Sampler`.
 
@@ -174,8 +175,11 @@ class TransformersSampler:
             )
             self._decode(logits_BV, state, temperature, top_p)
             rows = _completions(state)
+            is_last = start + prompts_per_batch >= len(prompts)
             for place, index in enumerate(chosen):
                 completions[index] = rows[place * group_size : (place + 1) * group_size]
+                if on_group is not None and not is_last:
+                    on_group(index, completions[index])
         return completions
 
     def _decode(
