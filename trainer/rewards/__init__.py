@@ -4,13 +4,13 @@ from trainer.rewards.extraction import extract_answer, extract_boxed, format_rew
 from trainer.rewards.language import language_consistency
 from trainer.rewards.matching import answer_key, answers_match
 from trainer.rewards.math_grader import Grade, MathGrader, check_gold
-from trainer.rewards.scoring import Reward, accuracy_reward, score
+from trainer.rewards.scoring import Reward, Scorer
 
 __all__ = [
     "Grade",
     "MathGrader",
     "Reward",
-    "accuracy_reward",
+    "Scorer",
     "answer_key",
     "answers_match",
     "check_gold",
@@ -18,5 +18,4 @@ __all__ = [
     "extract_boxed",
     "format_reward",
     "language_consistency",
-    "score",
 ]

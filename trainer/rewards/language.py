@@ -19,7 +19,7 @@ Every function takes time linear in the length of its text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -177,10 +177,11 @@ def count_words(text: str, target: str = "en", *, detector: Detector = "script")
     prose = _prose(text)
     if detector == "script":
         return _count_by_script(prose, target)
+    classify = _classifier()
     counts = WordCounts(0.0, 0.0)
     for passage in _passages(prose):
         found = _count_by_script(passage, target)
-        is_target = found.target > 0 and _classify(passage) == target
+        is_target = found.target > 0 and classify(passage)[0] == target
         counts = WordCounts(
             counts.target + (found.target if is_target else 0.0), counts.total + found.total
         )
@@ -272,12 +273,12 @@ def _passages(prose: str) -> Iterator[str]:
     yield from pieces
 
 
-def _classify(passage: str) -> str:
-    # An optional dependency, and seconds to load.
+def _classifier() -> Callable[[str], tuple[str, float]]:
+    # An optional dependency, and its model takes seconds to load on first use.
     try:
         import py3langid
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "detector: py3langid is not installed; pip install 'onepass-rl[langid]'"
         ) from error
-    return py3langid.classify(passage)[0]
+    return py3langid.classify
