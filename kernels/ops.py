@@ -23,7 +23,8 @@ from kernels.checks import (
     differentiable,
     inverse_temperature,
 )
-from kernels.sharding import VocabShard, localize
+from kernels.linear_head import default_chunk_tokens
+from kernels.sharding import VocabShard, local_logits, localize
 from kernels.spec import LossSpec, check_choice
 from kernels.token_loss import METRIC_NAMES
 
@@ -70,7 +71,8 @@ def token_logprobs(
     every reduction in float32 and the logits read once.
 
     Args:
-        logits: [N, W] or [B, T, W]; float32, bfloat16, float16, or float64 (reference only).
+        logits: [N, W] or [B, T, W]; float32, bfloat16, float16, or float64 (reference only). A
+            DTensor may be sharded over the last dimension; it gets its gradient placed alike.
         token_ids: integers [N] or [B, T] in [0, V); -100 marks a token to ignore.
         temperature: above 0; a number, or one a token, shaped like `token_ids`.
         softcap: tanh soft cap of the logits; 0 for none.
@@ -89,6 +91,7 @@ def token_logprobs(
 
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     """
+    logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
     backend = select_backend(backend, logits.device, logits.dtype)
     rows = checked_rows(logits, token_ids, None, vocab, logits.shape[-1] if vocab is None else None)
     logits_OIW = checked_layout(logits, inplace_backward)
@@ -142,7 +145,7 @@ def linear_token_logprobs(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, one of the
     hidden gradient in backward.
     """
-    head = checked_head(
+    settings = checked_head(
         hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
     )
     rows = checked_rows(hidden, token_ids, None, None, len(weight) if vocab is None else None)
@@ -150,9 +153,9 @@ def linear_token_logprobs(
         differentiable(hidden).reshape(-1, hidden.shape[-1]),
         differentiable(weight),
         None if bias is None else differentiable(bias),
-        head,
+        settings,
         localize(rows.token_ids_N, vocab),
-        chunk_tokens or linear.default_chunk_tokens(head),
+        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
     )
     shape = token_ids.shape
     entropy = entropy_N.view(shape) if with_entropy else None
@@ -269,6 +272,7 @@ def policy_loss(
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     Source: Shao et al. 2024 (2402.03300) equation 3, and the papers named in `spec.PRESETS`.
     """
+    logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
     backend = select_backend(backend, logits.device, logits.dtype)
     rows = checked_rows(logits, token_ids, mask, vocab, logits.shape[-1] if vocab is None else None)
     logits_OIW = checked_layout(logits, inplace_backward)
@@ -347,7 +351,7 @@ def linear_policy_loss(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk and one of the hidden
     gradient, all in forward.
     """
-    head = checked_head(
+    settings = checked_head(
         hidden, weight, bias, token_ids, temperature, softcap, vocab, backend, chunk_tokens
     )
     rows = checked_rows(hidden, token_ids, mask, None, len(weight) if vocab is None else None)
@@ -370,10 +374,10 @@ def linear_policy_loss(
         differentiable(hidden).reshape(-1, hidden.shape[-1]),
         differentiable(weight),
         None if bias is None else differentiable(bias),
-        head,
+        settings,
         batch,
         spec,
-        chunk_tokens or linear.default_chunk_tokens(head),
+        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
     )
     loss, logprobs_N, entropy_N, metrics = outputs
     return named_loss(loss, logprobs_N, entropy_N, metrics, token_ids.shape)
