@@ -12,7 +12,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import NonFiniteError, UsageError
-from trainer.monitors import lengths_by_correctness, reflection_rate, zero_spread_share
+from trainer.monitors import (
+    CATEGORIES,
+    DRGRPO_REFLECTION,
+    category,
+    language_share,
+    lengths_by_correctness,
+    reflection_rate,
+    reflection_words,
+    repetition,
+    unanimous_shares,
+    zero_spread_share,
+)
 from trainer.rewards import Reward
 from trainer.rewards.scoring import STATUSES, Attempt, GradedGroup, Scorer
 from trainer.rollout import Completion, Sampler
@@ -172,6 +183,7 @@ def rollout(
     temperature: float,
     stream: tuple[int, str, int],
     first_prompt: int,
+    top_p: float = 1.0,
     on_group: Callable[[int, list[Completion]], None] | None = None,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of each problem, `[P][G]`.
@@ -179,7 +191,7 @@ def rollout(
     Args:
         stream: seed, purpose and step, which the random numbers derive from,
         first_prompt: together with the place of the problem among those of all ranks.
-        on_group: see `Sampler.generate`.
+        top_p, on_group: see `Sampler.generate`.
     """
     seed, purpose, step = stream
     keys_PG = np.array(
@@ -195,6 +207,7 @@ def rollout(
         keys_PG,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
         on_group=on_group,
     )
 
@@ -218,17 +231,52 @@ def sample_metrics(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> dict[str,
         [len(one.completion.token_ids) for one in scored], [reward.correct for reward in graded]
     )
     totals_PG = [[one.reward.total for one in group] for group in scored_PG]
+    all_correct, all_wrong = unanimous_shares(
+        [[one.reward.correct for one in group] for group in scored_PG]
+    )
     return {
         **reward_metrics(graded),
         "length/mean": lengths.mean,
         "length/correct": lengths.correct,
         "length/wrong": lengths.wrong,
-        "reflection_rate": reflection_rate([one.text for one in scored]),
+        **behaviour_metrics(scored),
         "truncated_fraction": _mean(one.completion.finish_reason == "length" for one in scored),
         # A group without any reward gives no gradient either.
         "zero_spread_fraction": zero_spread_share(
             [[total for total in group if total is not None] or [0.0] for group in totals_PG]
         ),
+        "groups/all_correct": all_correct,
+        "groups/all_wrong": all_wrong,
+    }
+
+
+def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | None]:
+    """What completions look like, whatever they earned.
+
+    Returns: shares of completions with a reflection word, by either published list
+    (`reflection_rate`: DeepSeek-R1's), and the mean number of those words; `category/<name>` of
+    each of CATEGORIES; `repetition` and `language_share` (English), means over completions, the
+    latter over those with enough words.
+    """
+    texts = [one.text for one in scored]
+    categories = [
+        category(
+            truncated=one.completion.finish_reason == "length",
+            extracted=one.reward.extracted,
+            correct=one.reward.correct,
+        )
+        for one in scored
+    ]
+    return {
+        "reflection_rate": reflection_rate(texts),
+        "reflection/words": _mean(reflection_words(text) for text in texts),
+        "reflection/dr_grpo_rate": reflection_rate(texts, DRGRPO_REFLECTION),
+        "reflection/dr_grpo_words": _mean(
+            reflection_words(text, DRGRPO_REFLECTION) for text in texts
+        ),
+        **{f"category/{name}": _mean(each == name for each in categories) for name in CATEGORIES},
+        "repetition": _mean(repetition(one.completion.token_ids.tolist()) for one in scored),
+        "language_share": _mean_of(language_share(text) for text in texts),
     }
 
 

@@ -23,7 +23,7 @@ import kernels
 from trainer.checkpoints import CheckpointStore, step_of
 from trainer.command_line import parse_command_line
 from trainer.config import TrainConfig, UsageError
-from trainer.evaluate import evaluate
+from trainer.evaluation import evaluate
 from trainer.fsdp import (
     MainRankFailedError,
     any_rank,

@@ -227,6 +227,10 @@ class Scorer:
             graded[at] = Graded({"accuracy": float(correct)}, answers[at], correct, status)
         return graded
 
+    def answers_agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the two answers of each pair are equal, the first taken as the gold."""
+        return [correct for correct, _ in self._compare(pairs)]
+
     def _compare(
         self, pairs: Sequence[tuple[str | list[str], str | None]]
     ) -> list[tuple[bool, str]]:
