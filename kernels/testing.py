@@ -178,6 +178,34 @@ def eager_loss(
     return (token_loss_N * weights_S[sequence_N]).sum()
 
 
+def logits_with_logprobs(logprobs: list[float], width: int, dtype: torch.dtype) -> Tensor:
+    """Random logits [N, width] whose column 0 has the given log-probs, all of them below 0."""
+    logprobs_N = torch.tensor(logprobs, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    logits_NV = torch.randn(len(logprobs), width, generator=generator, dtype=torch.float64)
+    rest_N = logits_NV[:, 1:].logsumexp(1)
+    logits_NV[:, 0] = rest_N + logprobs_N - torch.log(-torch.expm1(logprobs_N))
+    return logits_NV.to(dtype)
+
+
+def eager_token_values(
+    logits_NV: Tensor,
+    token_ids_N: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`eager_logprobs_and_entropy` of scaled and capped logits, which may hold -inf."""
+    z_NV = softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(z_NV.dtype)[:, None]
+    logp_NV = (z_NV / temperature).log_softmax(-1)
+    p_NV = logp_NV.exp()
+    # log p is -inf where p is 0; the product there is 0, and so is its gradient.
+    entropy_N = -(p_NV * logp_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
+    return logp_NV.gather(1, token_ids_N[:, None])[:, 0], entropy_N
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want| in the Euclidean norm, computed in float64."""
     got, want = got.double(), want.double()
