@@ -28,7 +28,9 @@ class NonFiniteError(UsageError):
     """A value that must be finite is not; the run stops before it reaches the weights."""
 
 
-def _check(name: str, value: float | None, at_least: float, *, exclusive: bool = False) -> None:
+def check_at_least(
+    name: str, value: float | None, at_least: float, *, exclusive: bool = False
+) -> None:
     """Raises ValueError unless `value` is None, or >= `at_least` (> with `exclusive`)."""
     if value is None or value > at_least or (value == at_least and not exclusive):
         return
@@ -64,7 +66,7 @@ class DataOptions:
     """Held-out problems per evaluation (the first of --eval-dataset)."""
 
     def __post_init__(self) -> None:
-        _check("--eval-problems", self.eval_problems, 1)
+        check_at_least("--eval-problems", self.eval_problems, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +94,9 @@ class RolloutOptions:
         if self.rollout != "transformers":
             raise ValueError(f"--rollout: expected transformers, got {self.rollout!r}")
         for name in ("num_prompts", "group_size", "max_prompt_tokens", "max_new_tokens"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
-        _check("--temperature", self.temperature, 0, exclusive=True)
-        _check("--rows-per-batch", self.rows_per_batch, 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        check_at_least("--temperature", self.temperature, 0, exclusive=True)
+        check_at_least("--rows-per-batch", self.rows_per_batch, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,8 @@ class RewardOptions:
 
     accuracy_weight: float = 1.0
     """Reward of a right answer."""
+    code_weight: float = 1.0
+    """Reward of a program that passes all tests of its problem."""
     format_weight: float = 0.2
     """Reward of a completion in the template's format, right or wrong."""
     language_weight: float = 0.0
@@ -125,9 +129,11 @@ class RewardOptions:
     mathematical equality in worker processes, or also with the tolerances of published
     evaluations."""
     grader_workers: int = 2
-    """Worker processes that compare answers, on each rank."""
+    """Processes that compare answers, and programs that run at once, on each rank."""
     grader_timeout: float = 2.0
     """Seconds of computation that comparing one answer may take; then it counts as wrong."""
+    sandbox: Literal["bubblewrap", "rlimits-only"] = "bubblewrap"
+    """What programs run in; the second is no protection from hostile ones."""
     target_language: str = "en"
     """Language of the thoughts, by its ISO 639-1 code."""
     language_detector: Literal["script", "py3langid"] = "script"
@@ -147,10 +153,10 @@ class RewardOptions:
             if option.name.endswith("_weight") and not math.isfinite(value):
                 flag = option.name.replace("_", "-")
                 raise ValueError(f"--{flag}: expected a finite number, got {value}")
-        _check("--grader-workers", self.grader_workers, 1)
-        _check("--grader-timeout", self.grader_timeout, 0, exclusive=True)
-        _check("--overlong-buffer", self.overlong_buffer, 0)
-        _check("--repetition-ngram", self.repetition_ngram, 1)
+        check_at_least("--grader-workers", self.grader_workers, 1)
+        check_at_least("--grader-timeout", self.grader_timeout, 0, exclusive=True)
+        check_at_least("--overlong-buffer", self.overlong_buffer, 0)
+        check_at_least("--repetition-ngram", self.repetition_ngram, 1)
 
     def overlong_tokens(self, max_new_tokens: int) -> int:
         """Tokens over which the overlong penalty rises; DAPO's are 4,096 of 20,480."""
@@ -245,11 +251,11 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         for name in ("steps", "minibatches", "inner_epochs", "micro_batch_tokens"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("learning_rate", "warmup_updates", "weight_decay"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 0)
-        _check("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
-        _check("--reference-reset-every", self.reference_reset_every, 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        check_at_least("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
+        check_at_least("--reference-reset-every", self.reference_reset_every, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,9 +270,9 @@ class EvaluationOptions:
     """Sampling temperature of the evaluation; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        _check("--eval-every", self.eval_every, 0)
-        _check("--eval-samples", self.eval_samples, 1)
-        _check("--eval-temperature", self.eval_temperature, 0)
+        check_at_least("--eval-every", self.eval_every, 0)
+        check_at_least("--eval-samples", self.eval_samples, 1)
+        check_at_least("--eval-temperature", self.eval_temperature, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,8 +287,8 @@ class CheckpointOptions:
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
-        _check("--save-every", self.save_every, 1)
-        _check("--keep-checkpoints", self.keep_checkpoints, 1)
+        check_at_least("--save-every", self.save_every, 1)
+        check_at_least("--keep-checkpoints", self.keep_checkpoints, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,8 +324,8 @@ class TrainConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
-        _check("--seed", self.seed, 0)
-        _check("--cpu-threads", self.cpu_threads, 1)
+        check_at_least("--seed", self.seed, 0)
+        check_at_least("--cpu-threads", self.cpu_threads, 1)
         longest = self.rollout.max_new_tokens
         if self.reward.overlong_tokens(longest) > longest:
             raise ValueError(
