@@ -1,103 +1,106 @@
-"""GRPO with k3, from raw rewards to the gradient by the logits: each backend against PyTorch.
+"""Policy losses from raw rewards and ready logits to the gradient by the logits.
 
-Every implementation gets the same ready buffer; ours writes the gradient into it. A case first
-shows its error against float64, then its peak memory, then its time.
+GRPO with k3 is fused in one launch; an entropy bonus adds the entropy's gradient, and GSPO couples
+the tokens of a sequence.
 """
 
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
-from harness import copy_seconds, let_threads_rest, peak_extra_bytes
+from harness import (
+    CHECKED_SHAPES,
+    DEVICE,
+    DTYPES,
+    Case,
+    Compete,
+    Factory,
+    Implementation,
+    copy_ceiling,
+    our_backends,
+    shape_params,
+)
+from rivals import plain_rivals, trl_policy_loss
 from torch import Tensor
 
 import kernels
 from kernels import LossSpec
-from kernels.testing import GrpoBatch, eager_policy_loss, grpo_batch, relative_error
+from kernels.testing import GRPO_K3, GrpoLogits, eager_policy_loss, grpo_batch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(512, 49152), (256, 151936)] if DEVICE == "cpu" else [(8192, 49152), (8192, 151936)]
-DTYPES = [torch.float32, torch.bfloat16]
-IMPLEMENTATIONS = ["eager", "compile", "reference", "cpp", "triton", "cuda"]
-SPEC = LossSpec(kl="k3", kl_weight=0.04)
-ROUNDS = 15
-
-
-@cache
-def batch_and_truth(
-    num_tokens: int, width: int, dtype: torch.dtype
-) -> tuple[GrpoBatch, Tensor, float]:
-    """The batch, its gradient in float64, and the time of a copy of its logits."""
-    batch = grpo_batch(num_tokens, width, dtype, device=DEVICE)
-    leaf = batch.logits_NV.double().requires_grad_()
-    eager_policy_loss(leaf, batch).backward()
-    assert leaf.grad is not None
-    return batch, leaf.grad, copy_seconds(batch.logits_NV)
+if DEVICE == "cpu":
+    TIMED = [(512, 49152), (256, 151936)]
+    FULL = [(768, 32000), (256, 129920), (128, 262144)]
+else:
+    TIMED = [(8192, 49152), (8192, 151936)]
+    FULL = [(8192, 32000), (8192, 129920), (8192, 262144)]
+OTHER_LOSSES = {
+    "grpo + k3 + entropy": LossSpec(kl="k3", kl_weight=0.04, entropy_weight=0.01),
+    "gspo": LossSpec.preset("gspo"),
+}
 
 
-def implementation_of(name: str, batch: GrpoBatch) -> Callable[[Tensor], Tensor]:
-    """Loss of a leaf of logits; skips what cannot run here."""
-    if name == "eager":
-        return lambda leaf: eager_policy_loss(leaf, batch)
-    if name == "compile":
-        compiled = torch.compile(eager_policy_loss)
-        return lambda leaf: compiled(leaf, batch)
-    reason = kernels.available_backends()[name]
-    if reason != "available":
-        pytest.skip(f"{name}: {reason}")
-    if name == "triton" and DEVICE == "cpu":
-        pytest.skip("triton: its interpreter is for tests, not for timing")
-    if name == "cpp" and DEVICE == "cuda":
-        pytest.skip("cpp: runs on the CPU")
-    return lambda leaf: (
-        kernels.policy_loss(
-            leaf,
+def ours(batch: GrpoLogits, spec: LossSpec, *, backend: str, inplace: bool) -> Implementation:
+    def implementation(logits_NV: Tensor) -> tuple[Tensor, ...]:
+        out = kernels.policy_loss(
+            logits_NV,
             batch.token_ids_N,
             batch.old_logprobs_N,
-            spec=SPEC,
+            spec=spec,
             rewards=batch.rewards_S,
             group_size=batch.group_size,
             cu_seqlens=batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs_N,
-            inplace_backward=True,
-            backend=name,
-        ).loss
+            inplace_backward=inplace,
+            backend=backend,
+        )
+        return (out.loss,)
+
+    return implementation
+
+
+def case_of(
+    name: str, spec: LossSpec, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Case, dict[str, Factory]]:
+    """One loss, and who computes it."""
+    batch = grpo_batch(*shape, dtype, device=DEVICE)
+    nbytes = batch.logits_NV.nbytes
+    case = Case(
+        op=f"policy_loss {name}",
+        dtype=dtype,
+        shape=shape,
+        inputs={"logits": batch.logits_NV},
+        outputs=("loss",),
+        upstream=(torch.ones((), device=DEVICE),),
+        plain=lambda logits_NV: (eager_policy_loss(logits_NV, batch, spec),),
+        # One read of the logits and one write of the gradient.
+        work=2 * nbytes,
+        ceilings={"copy": copy_ceiling(batch.logits_NV)},
+        ceiling_work=2 * nbytes,
+        unit="GB/s",
     )
+    factories = plain_rivals(case.plain, dtype)
+    factories["trl"] = partial(trl_policy_loss, batch, spec)
+    make = partial(ours, batch, spec)
+    return case, factories | our_backends(make, shape[0], inplace=True)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_policy_loss(
-    benchmark: object, shape: tuple[int, int], dtype: torch.dtype, implementation: str
+@pytest.mark.parametrize("shape", shape_params(CHECKED_SHAPES, TIMED, FULL))
+def bench_grpo_k3(
+    contest: Compete,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> None:
-    batch, truth, copy = batch_and_truth(*shape, dtype)
-    loss_of = implementation_of(implementation, batch)
-    buffer = torch.empty_like(batch.logits_NV)
+    contest(*case_of("grpo + k3", GRPO_K3, shape, dtype))
 
-    def restore() -> tuple[tuple[Tensor], dict[str, object]]:
-        buffer.copy_(batch.logits_NV)
-        let_threads_rest()
-        return (buffer.detach().requires_grad_(),), {}
 
-    def step(leaf: Tensor) -> Tensor:
-        loss_of(leaf).backward()
-        if leaf.is_cuda:
-            torch.cuda.synchronize()
-        assert leaf.grad is not None
-        return leaf.grad
-
-    (leaf,), _ = restore()
-    error = relative_error(step(leaf), truth)
-    (leaf,), _ = restore()
-    peak = peak_extra_bytes(lambda: step(leaf))
-    benchmark.extra_info.update(
-        case=f"policy_loss {str(dtype).removeprefix('torch.')} {list(shape)}",
-        implementation=implementation,
-        copy_seconds=copy,
-        bytes_moved=2 * batch.logits_NV.nbytes,
-        error=error,
-        peak_bytes=peak,
-    )
-    benchmark.pedantic(step, setup=restore, rounds=ROUNDS, warmup_rounds=2)
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", shape_params(CHECKED_SHAPES, TIMED[:1], TIMED[1:] + FULL))
+def bench_other_losses(
+    contest: Compete,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    loss: str,
+) -> None:
+    contest(*case_of(loss, OTHER_LOSSES[loss], shape, dtype))

@@ -1,27 +1,98 @@
-"""Adds the machine to pytest-benchmark's record and prints one table of all cases at the end."""
+"""Options of the benchmarks, the fixture that runs a case, and the report at the end.
 
+Where no GPU is present Triton runs in its interpreter; it has to be told before its import.
+"""
+
+import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Row, machine, table
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from harness import BACKENDS, PLAIN, Case, Compete, Factory, Rounds, Unavailable, machine  # noqa: E402
+from report import Record, Row, comparison, load, markdown, save  # noqa: E402
+
+RECORD = pytest.StashKey[Record]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", type=Path, help="also write the table of results to this file")
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="time every vocabulary, not only the shapes that the README speaks of",
+    )
+    parser.addoption("--record", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
+    parser.addoption("--compare", type=Path, metavar="OLD.json", help="print what changed since")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: timed with --full only")
+    config.stash[RECORD] = Record(machine=machine())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if item not in full]
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.update(machine())
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    rows = [Row.from_benchmark(bench) for bench in session.benchmarks] if session else []
-    if not rows:
+@pytest.fixture
+def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
+    """Runs a case, each implementation made by its factory, and records it."""
+    record = request.config.stash[RECORD]
+
+    def run(case: Case, factories: dict[str, Factory]) -> None:
+        if not case.is_timed:
+            factories = {name: factories[name] for name in (PLAIN, *BACKENDS)}
+        rounds = Rounds(case)
+        for name, factory in factories.items():
+            try:
+                rounds.enter(name, factory(), timed=case.is_timed and name != "reference")
+            except Unavailable as reason:
+                record.missing.setdefault(f"{name}: {reason}", []).append(str(case))
+        if case.is_timed:
+            rounds.time()
+        record.rows += [Row.of(case, name, result) for name, result in rounds.results.items()]
+        for name, result in rounds.results.items():
+            add_to_pytest_benchmark(benchmark, case, name, result.seconds)
+
+    return run
+
+
+def add_to_pytest_benchmark(benchmark: Any, case: Case, name: str, seconds: list[float]) -> None:
+    """Hands rounds to pytest-benchmark, whose options then work on them.
+
+    Its own loop runs one function a test, all rounds in a block; ours take turns.
+    """
+    benchmark.skipped = True
+    if not seconds:
         return
-    text = ", ".join(f"{name} {value}" for name, value in machine().items()) + "\n\n" + table(rows)
-    terminalreporter.write_line("")
-    terminalreporter.write_line(text)
-    if config.getoption("--table"):
-        config.getoption("--table").write_text(text + "\n")
+    one = copy(benchmark)
+    one.group = str(case)
+    one.name = one.fullname = f"{case} {name}"
+    stats = one._make_stats(iterations=1)
+    for value in seconds:
+        stats.update(value)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    record = config.stash[RECORD]
+    if not record.rows:
+        return
+    stem, old = config.getoption("--record"), config.getoption("--compare")
+    terminalreporter.write_line("\n" + markdown(record))
+    if stem:
+        save(record, stem)
+    if old:
+        terminalreporter.write_line("\n" + comparison(load(old), record))

@@ -1,19 +1,171 @@
-"""What every benchmark needs: peak memory of a call, the copy that bounds it, and a table.
+"""What every benchmark shares: a case, its checks, its rounds and its peak memory.
 
-Times are medians of rounds whose inputs are restored outside the clock. Nothing passes or fails on
-speed; what is compared was measured side by side in one run.
+A case is one op on one dtype and shape, computed by several implementations. Each is first checked
+against float64; then all of them and the ceilings take turns, round by round, on inputs restored
+outside the clock. Nothing passes or fails on speed.
 """
 
+import ctypes
+import gc
 import platform
-import statistics
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+import kernels
+from kernels.testing import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCABULARIES = (32000, 49152, 129920, 151936, 262144)
+DTYPES = (torch.float32, torch.bfloat16)
+PLAIN = "eager"
+BACKENDS = ("reference", "cpp", "triton")
+
+# Cases of this many tokens are checked and not timed, plain PyTorch and our backends only: few
+# enough for Triton's interpreter.
+CHECKED_TOKENS = 8
+CHECKED_SHAPES = [(CHECKED_TOKENS, width) for width in VOCABULARIES]
+MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
+# An implementation slower than this over its rounds stops at the fewest.
+SECONDS_EACH = 3.0
+
+Implementation = Callable[..., tuple[Tensor, ...]]
+Factory = Callable[[], Implementation]
+
+
+class Unavailable(Exception):
+    """An implementation cannot run here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One op on one dtype and shape."""
+
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Tokens first."""
+    inputs: dict[str, Tensor]
+    """Positional arguments of every implementation, by name; with `upstream`, leaves."""
+    outputs: tuple[str, ...]
+    """Names of what an implementation returns."""
+    upstream: tuple[Tensor, ...] = ()
+    """Gradients by the outputs; none: forward only."""
+    plain: Implementation
+    """Plain PyTorch; on float64 inputs it is the truth."""
+    work: float
+    """Bytes or FLOP that no implementation can avoid."""
+    unit: str
+    """"GB/s" or "TFLOP/s"."""
+    ceilings: dict[str, Callable[[], object]]
+    """Bare copies or products, timed in the same rounds."""
+    ceiling_work: float
+
+    def __str__(self) -> str:
+        return f"{self.op}, {str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the case is large enough for its time to mean something."""
+        return self.shape[0] > CHECKED_TOKENS
+
+
+Compete = Callable[[Case, dict[str, Factory]], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """What was measured of one implementation."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative to float64, of each output and gradient."""
+    seconds: list[float] = field(default_factory=list)
+    """One a round."""
+    peak_bytes: int | None = None
+    """Most memory held beyond the inputs, results included."""
+
+
+def shape_params(
+    checked: list[tuple[int, ...]], timed: list[tuple[int, ...]], full: list[tuple[int, ...]]
+) -> list[object]:
+    """Parameters of `pytest.mark.parametrize`; those of `full` run with --full only."""
+    return [
+        *(pytest.param(shape, id="x".join(map(str, shape))) for shape in checked + timed),
+        *(
+            pytest.param(shape, id="x".join(map(str, shape)), marks=pytest.mark.full)
+            for shape in full
+        ),
+    ]
+
+
+def copy_ceiling(logits: Tensor) -> Callable[[], object]:
+    """A plain copy of the logits between two resident buffers."""
+    target = torch.empty_like(logits)
+    return lambda: target.copy_(logits)
+
+
+def require_package(name: str) -> None:
+    """Raises `Unavailable` unless the package is installed."""
+    if find_spec(name) is None:
+        raise Unavailable(f"{name} is not installed")
+
+
+def our_backends(
+    make: Callable[..., Implementation], num_tokens: int, *, inplace: bool
+) -> dict[str, Factory]:
+    """Our backends by name: `make(backend=..., inplace=...)`, where the backend can take part.
+
+    Args:
+        make: makes an implementation.
+        num_tokens: size of the case.
+        inplace: whether there is an in-place version of the op.
+    """
+
+    def available(backend: str, inplace: bool) -> Implementation:
+        reason = kernels.available_backends()[backend]
+        if reason != "available":
+            raise Unavailable(reason)
+        if backend == "cpp" and DEVICE == "cuda":
+            raise Unavailable("runs on the CPU")
+        if backend == "triton" and DEVICE == "cpu" and num_tokens > CHECKED_TOKENS:
+            raise Unavailable("no GPU: its interpreter checks small cases and times none")
+        return make(backend=backend, inplace=inplace)
+
+    factories: dict[str, Factory] = {}
+    for backend in BACKENDS:
+        factories[backend] = partial(available, backend, False)
+        if inplace and backend != "reference":
+            factories[f"{backend}, in place"] = partial(available, backend, True)
+    return factories
+
+
+def machine() -> dict[str, str]:
+    """Where and with what a result was measured."""
+    facts = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_model(),
+        "threads": str(torch.get_num_threads()),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton", "trl", "liger-kernel"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "none"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    facts["commit"] = (
+        subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    )
+    return facts
 
 
 def cpu_model() -> str:
@@ -24,121 +176,119 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, str]:
-    """Where a result was measured."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
-    return {
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def let_threads_rest() -> None:
-    """OpenMP threads spin for some milliseconds after PyTorch's last parallel region, on the cores
-    that the next measurement is about."""
-    time.sleep(0.02)
-
-
-def copy_seconds(logits: Tensor, rounds: int = 15) -> float:
-    """Median time of a plain copy of the logits between two resident buffers."""
-    target = torch.empty_like(logits)
-    times = []
-    for _ in range(rounds):
-        let_threads_rest()
-        start = time.perf_counter()
-        target.copy_(logits)
-        if logits.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status: expected a line {field}, found none")
-
-
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Most memory that a call holds beyond what was held before it."""
-    if torch.cuda.is_available():
+def synchronize() -> None:
+    """Waits until the GPU, if any, has done everything."""
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # Linux forgets the process's peak resident size on this write (man 5 proc, clear_refs).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    call()
-    return max(0, _status_bytes("VmHWM") - before)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One measured case."""
-
-    case: str
-    """What was computed: op, dtype and shape; cases of one name are compared."""
-    implementation: str
-    seconds: float
-    p20: float
-    p80: float
-    copy_seconds: float
-    bytes_moved: int
-    """One read of the logits and one write of the gradient."""
-    error: float
-    """Relative to float64, of the gradient."""
-    peak_bytes: int
-
-    @classmethod
-    def from_benchmark(cls, benchmark: Any) -> "Row":
-        """Reads what a case left in pytest-benchmark's record."""
-        times = sorted(benchmark.stats.data)
-        info = benchmark.extra_info
-        return cls(
-            case=info["case"],
-            implementation=info["implementation"],
-            seconds=statistics.median(times),
-            p20=times[len(times) // 5],
-            p80=times[len(times) * 4 // 5],
-            copy_seconds=info["copy_seconds"],
-            bytes_moved=info["bytes_moved"],
-            error=info["error"],
-            peak_bytes=info["peak_bytes"],
+def run(case: Case, implementation: Implementation, leaves: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients of one implementation, by name."""
+    outputs = implementation(*leaves)
+    results = dict(zip(case.outputs, outputs, strict=True))
+    if case.upstream:
+        torch.autograd.backward(
+            outputs, [grad.to(out.dtype) for out, grad in zip(outputs, case.upstream, strict=True)]
         )
+        for name, leaf in zip(case.inputs, leaves, strict=True):
+            assert leaf.grad is not None
+            results[f"grad {name}"] = leaf.grad
+    return {name: result.detach() for name, result in results.items()}
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, one line a case; speed-ups are against eager and torch.compile of the same case."""
-    seconds = {(row.case, row.implementation): row.seconds for row in rows}
-    lines = [
-        "| case | implementation | ms (p20-p80) | x eager | x compile | copies | GB/s "
-        "| of copy | error | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def truth(case: Case) -> dict[str, Tensor]:
+    """Outputs and gradients in float64."""
+    leaves = [
+        tensor.double().requires_grad_(bool(case.upstream)) for tensor in case.inputs.values()
     ]
+    return run(case, case.plain, leaves)
 
-    def speedup(row: Row, baseline: str) -> str:
-        base = seconds.get((row.case, baseline))
-        return "" if base is None else f"{base / row.seconds:.1f}"
 
-    for row in rows:
-        cells = [
-            row.case,
-            row.implementation,
-            f"{row.seconds * 1e3:.1f} ({row.p20 * 1e3:.1f}-{row.p80 * 1e3:.1f})",
-            speedup(row, "eager"),
-            speedup(row, "compile"),
-            f"{row.seconds / row.copy_seconds:.2f}",
-            f"{row.bytes_moved / row.seconds / 1e9:.1f}",
-            f"{row.copy_seconds / row.seconds:.0%}",
-            f"{row.error:.1e}",
-            f"{row.peak_bytes / 1e6:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _status_bytes(field_name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field_name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status: expected a line {field_name}, found none")
+
+
+class PeakMemory:
+    """Most memory that the process, or the GPU, holds beyond what it held at the start."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        # Freed memory that malloc keeps would be used again without being seen.
+        ctypes.CDLL(None).malloc_trim(0)
+        # Linux forgets the peak resident size on this write (man 5 proc, clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = _status_bytes("VmRSS")
+
+    def extra_bytes(self) -> int:
+        """The peak until now."""
+        if DEVICE == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return max(0, _status_bytes("VmHWM") - self.before)
+
+
+class Rounds:
+    """The implementations of a case, checked and then timed by turns."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.buffers = [torch.empty_like(tensor) for tensor in case.inputs.values()]
+        self.results: dict[str, Result] = {}
+        self._rounds: dict[str, Callable[[], float]] = {}
+        self._truth = truth(case)
+
+    def _fresh_leaves(self) -> list[Tensor]:
+        for buffer, tensor in zip(self.buffers, self.case.inputs.values(), strict=True):
+            buffer.copy_(tensor)
+        wants_grad = bool(self.case.upstream)
+        return [buffer.detach().requires_grad_(wants_grad) for buffer in self.buffers]
+
+    def enter(self, name: str, implementation: Implementation, *, timed: bool) -> None:
+        """Checks an implementation, and lets it take part in the rounds if it is `timed`."""
+        results = run(self.case, implementation, self._fresh_leaves())
+        errors = {key: relative_error(results[key], want) for key, want in self._truth.items()}
+        self.results[name] = Result(errors=errors)
+
+        def one_round() -> float:
+            leaves = self._fresh_leaves()
+            return seconds_of(lambda: run(self.case, implementation, leaves))
+
+        if timed:
+            self._rounds[name] = one_round
+
+    def time(self) -> None:
+        """Rounds by turns: slow implementations leave early. The first one measures memory."""
+        self._truth.clear()
+        for name, ceiling in self.case.ceilings.items():
+            self.results[name] = Result()
+            ceiling()
+            self._rounds[name] = lambda ceiling=ceiling: seconds_of(ceiling)
+        for number in range(MOST_ROUNDS):
+            for name, one_round in self._rounds.items():
+                result = self.results[name]
+                if number >= FEWEST_ROUNDS and sum(result.seconds) > SECONDS_EACH:
+                    continue
+                memory = PeakMemory() if number == 0 else None
+                result.seconds.append(one_round())
+                if memory is not None:
+                    result.peak_bytes = memory.extra_bytes()
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall time of a call, once PyTorch's threads are at rest.
+
+    OpenMP threads spin for some milliseconds after the last parallel region, on the cores that the
+    measurement is about.
+    """
+    synchronize()
+    time.sleep(0.02)
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start

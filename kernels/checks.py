@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kernels.advantages import segment_index
 from kernels.backends import select_backend
-from kernels.linear import Head
+from kernels.linear_head import HeadSettings
 from kernels.passes import Scaling
 from kernels.reference import IGNORED, compute_dtype
-from kernels.sharding import VocabShard, localize
+from kernels.sharding import VocabShard, check_plain_tensors, localize
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch
 
@@ -111,14 +111,13 @@ def checked_head(
     vocab: VocabShard | None,
     backend: str,
     chunk_tokens: int | None,
-) -> Head:
-    """The LM head of the linear ops."""
+) -> HeadSettings:
+    """How the linear ops multiply and what follows."""
+    check_plain_tensors(hidden=hidden, weight=weight, bias=bias)
     width, depth = (len(weight), hidden.shape[-1])
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"weight: expected shape [W, {depth}], got {list(weight.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name}: expected {hidden.dtype} like hidden, got {tensor.dtype}")
+    product_dtype = checked_product_dtype(hidden, weight, bias)
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias: expected shape [{width}], got {list(bias.shape)}")
     if vocab is not None and width < vocab.width:
@@ -128,14 +127,33 @@ def checked_head(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected a count > 0, got {chunk_tokens}")
     scaling = checked_scaling(temperature, token_ids, softcap)
-    return Head(
-        weight_WD=weight,
-        bias_W=bias,
+    compute = compute_dtype(hidden)
+    return HeadSettings(
         inv_temperature=scaling.inv_temperature,
         softcap=scaling.softcap,
         vocab=vocab,
-        backend=select_backend(backend, hidden.device, compute_dtype(hidden)),
+        backend=select_backend(backend, hidden.device, compute),
+        compute_dtype=compute,
+        operand_dtype=product_dtype if hidden.is_cuda else compute,
     )
+
+
+def checked_product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype that hidden, weight and bias share, or autocast's if it is on and they differ."""
+    device, dtypes = hidden.device, {hidden.dtype}
+    castable = torch.is_autocast_enabled(device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        differs = tensor.dtype != hidden.dtype
+        refused = differs and (not castable or torch.float64 in (tensor.dtype, hidden.dtype))
+        if tensor.device != device or refused:
+            raise ValueError(
+                f"{name}: expected {hidden.dtype} on {device} like hidden, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        dtypes.add(tensor.dtype)
+    return hidden.dtype if len(dtypes) == 1 else torch.get_autocast_dtype(device.type)
 
 
 def check_like_tokens(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from kernels import library, linear
 from kernels.autograd import PolicyLossFunction, TokenLogprobsFunction
 from kernels.checks import check_devices, checked_batch, checked_head, checked_rows, differentiable
-from kernels.sharding import VocabShard, localize
+from kernels.linear_head import default_chunk_tokens
+from kernels.sharding import VocabShard, local_logits, localize
 from kernels.spec import LossSpec
 from kernels.token_loss import METRIC_NAMES
 
@@ -60,7 +61,8 @@ def token_logprobs(
     every reduction in float32 and the logits read once.
 
     Args:
-        logits: [N, W] or [B, T, W]; float32, bfloat16, float16, or float64 (reference only).
+        logits: [N, W] or [B, T, W]; float32, bfloat16, float16, or float64 (reference only). A
+            DTensor may be sharded over the last dimension; it gets its gradient placed alike.
         token_ids: integers [N] or [B, T] in [0, V); -100 marks a token to ignore.
         temperature: above 0; a number, or one a token, shaped like `token_ids`.
         softcap: tanh soft cap of the logits; 0 for none.
@@ -79,6 +81,7 @@ def token_logprobs(
 
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     """
+    logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
     check_devices(logits.device, token_ids=token_ids)
     logprobs, entropy, lse = TokenLogprobsFunction.apply(
         logits,
@@ -129,7 +132,7 @@ def linear_token_logprobs(
     hidden gradient in backward.
     """
     check_devices(hidden.device, weight=weight, bias=bias, token_ids=token_ids)
-    head = checked_head(
+    settings = checked_head(
         hidden,
         weight,
         bias,
@@ -145,9 +148,9 @@ def linear_token_logprobs(
         differentiable(hidden).reshape(-1, hidden.shape[-1]),
         differentiable(weight),
         None if bias is None else differentiable(bias),
-        head,
+        settings,
         localize(rows.token_ids_N, vocab),
-        chunk_tokens or linear.default_chunk_tokens(head),
+        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
     )
     shape = token_ids.shape
     entropy = entropy_N.view(shape) if with_entropy else None
@@ -240,6 +243,7 @@ def policy_loss(
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     Source: Shao et al. 2024 (2402.03300) equation 3, and the papers named in `spec.PRESETS`.
     """
+    logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
     tensors = dict(
         token_ids=token_ids,
         old_logprobs=old_logprobs,
@@ -320,7 +324,7 @@ def linear_policy_loss(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk and one of the hidden
     gradient, all in forward.
     """
-    head = checked_head(
+    settings = checked_head(
         hidden,
         weight,
         bias,
@@ -351,10 +355,10 @@ def linear_policy_loss(
         differentiable(hidden).reshape(-1, hidden.shape[-1]),
         differentiable(weight),
         None if bias is None else differentiable(bias),
-        head,
+        settings,
         batch,
         spec,
-        chunk_tokens or linear.default_chunk_tokens(head),
+        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
     )
     loss, logprobs_N, entropy_N, metrics = outputs
     shape = token_ids.shape

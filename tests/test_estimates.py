@@ -90,6 +90,24 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(k: int) -> None:
     assert estimate is not None and estimate.value == pytest.approx(np.mean(by_counting))
 
 
+def test_pass_at_1_is_the_share_of_right_samples() -> None:
+    rows = [[True, False, False, True], [False] * 4, [True] * 4, [False, True, False, False]]
+    assert pass_at_k(rows, 1) == share([[float(each) for each in row] for row in rows])
+
+
+def test_pass_at_k_interval_covers_the_truth() -> None:
+    generator = np.random.Generator(np.random.PCG64(10))
+    rates = generator.beta(0.5, 2.0, size=200_000)
+    truth = float((1 - (1 - rates) ** 4).mean())
+    covered = 0
+    for _ in range(600):
+        drawn = generator.choice(rates, size=60)
+        samples = generator.random((60, 16)) < drawn[:, None]
+        low, high = bounds(pass_at_k(samples.tolist(), 4))
+        covered += low <= truth <= high
+    assert 553 <= covered <= 587
+
+
 @pytest.mark.parametrize("k", [0, 3])
 def test_pass_at_k_refuses_a_k_without_enough_samples(k: int) -> None:
     with pytest.raises(ValueError, match="k: expected 1 to 2, the samples of a problem"):

@@ -21,12 +21,6 @@ def test_advantages_sum_to_zero_in_each_group() -> None:
         torch.testing.assert_close(got_PG.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
 
 
-def test_advantages_do_not_change_with_an_offset_of_a_million() -> None:
-    small_S = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    got = group_advantages(small_S + 1e6, group_size=4, eps=0.0)
-    assert torch.equal(got, group_advantages(small_S, group_size=4, eps=0.0))
-
-
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_without_spread_are_exactly_zero(scale: str) -> None:
     rewards_S = torch.tensor([0.1] * 7 + [5.0])
@@ -56,11 +50,6 @@ def test_group_ids_in_any_order_equal_consecutive_groups() -> None:
     groups = torch.arange(12) // 4 * 10 - 3
     got = group_advantages(rewards_S[order], group_ids=groups[order])
     torch.testing.assert_close(got, group_advantages(rewards_S, group_size=4)[order])
-
-
-def test_integer_rewards_are_accepted() -> None:
-    got = group_advantages(torch.tensor([1, 0]), group_size=2, eps=0.0)
-    torch.testing.assert_close(got, torch.tensor([math.sqrt(0.5), -math.sqrt(0.5)]))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from trainer.monitors import (
     R1_REFLECTION,
     category,
     cons_at_k,
+    language_share,
     lengths_by_correctness,
     majorities_right,
     pass_at_1,
     reflection_rate,
     reflection_words,
     repetition,
+    unanimous_shares,
     zero_spread_share,
 )
 
@@ -124,6 +126,13 @@ def test_repetition_is_the_share_of_ngrams_seen_before(tokens: list[int], share:
     assert repetition(tokens) == pytest.approx(share)
 
 
+def test_language_share_leaves_out_mathematics_and_texts_without_words() -> None:
+    assert language_share("so the value of x is $\\frac{1}{2}$ and we are done") == 1.0
+    mixed = language_share("we know that 答案是正确的 because of this")
+    assert mixed is not None and 0.3 < mixed < 0.9
+    assert language_share("$x = 5$") is None
+
+
 def test_lengths_are_split_by_correctness() -> None:
     lengths = lengths_by_correctness([10, 20, 60], [True, True, False])
     assert (lengths.mean, lengths.correct, lengths.wrong) == (30.0, 15.0, 60.0)
@@ -142,3 +151,8 @@ def test_lengths_refuse_flags_of_another_number() -> None:
 
 def test_zero_spread_share_counts_groups_of_equal_rewards() -> None:
     assert zero_spread_share([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.2, 0.2]]) == 0.75
+
+
+def test_unanimous_shares_tell_all_right_from_all_wrong() -> None:
+    groups = [[True, True], [True, False], [False, False], [False, False], [True]]
+    assert unanimous_shares(groups) == (pytest.approx(0.4), pytest.approx(0.4))

@@ -57,7 +57,7 @@ class PageReader(html.parser.HTMLParser):
 def make_sample(number: int, completion: str = "5", *, correct: bool = True) -> Sample:
     return Sample.of(
         Problem(problem_id=f"p{number}", question=f"{number} + 1 ?", answer=str(number + 1)),
-        Reward(total=float(correct), accuracy=0.0, format=0.0, extracted="5", correct=correct),
+        Reward(total=float(correct), parts={}, extracted="5", correct=correct, status="ok"),
         prompt="",
         completion=completion,
         length=7,

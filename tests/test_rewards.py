@@ -7,19 +7,22 @@ import string
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
+from trainer.config import RewardOptions
 from trainer.rewards import (
-    accuracy_reward,
+    Reward,
+    Scorer,
     answer_key,
     answers_match,
     extract_answer,
     extract_boxed,
     format_reward,
-    score,
 )
+from trainer.rewards.scoring import Attempt
 from trainer.tasks import Problem
-from trainer.templates import template_by_name
+from trainer.templates import Template, template_by_name
 
 R1 = template_by_name("r1")
 OPENED = template_by_name("r1-drgrpo")
@@ -27,6 +30,20 @@ QWEN = template_by_name("qwen-math")
 NONE = template_by_name("none")
 
 GOOD = "<think> 2 + 3 = 5 </think> <answer> 5 </answer>"
+
+
+def score(completion: str, template: Template, gold: str = "5", question: str = "?") -> Reward:
+    """The reward of a completion by accuracy and format."""
+    attempt = Attempt(
+        problem=Problem(problem_id="p", question=question, answer=gold),
+        prompt=question,
+        text=completion,
+        token_ids=np.arange(3),
+        truncated=False,
+    )
+    with Scorer(RewardOptions(grader="exact"), template, max_new_tokens=9) as scorer:
+        ((reward,),) = scorer.score([[attempt]])
+    return reward
 
 
 @pytest.mark.parametrize(
@@ -174,9 +191,8 @@ def test_extract_boxed_takes_the_last_complete_box_after_the_thought(
 
 
 def test_tags_and_boxes_of_the_question_have_no_effect() -> None:
-    problem = Problem(problem_id="p", question="<answer>7</answer> \\boxed{7}", answer="7")
     for template in (R1, NONE):
-        (reward,) = score(["no idea"], [problem], template, truncated=[False])
+        reward = score("no idea", template, "7", question="<answer>7</answer> \\boxed{7}")
         assert (reward.total, reward.extracted, reward.correct) == (0.0, None, False)
 
 
@@ -288,12 +304,10 @@ def test_answer_key_of_a_decimal_is_its_exact_value() -> None:
     ids=lambda bait: bait[:12].strip() or "spaces",
 )
 def test_attacks_on_resources_earn_nothing(bait: str) -> None:
-    problem = Problem(problem_id="p", question="?", answer="5")
     inside_tags = f"<think>a</think><answer>{bait}</answer>"
     for template in (R1, OPENED, QWEN, NONE):
         for completion in (bait, inside_tags, f"\\boxed{{{bait}}}"):
-            (reward,) = score([completion], [problem], template, truncated=[False])
-            assert reward.accuracy == 0.0
+            assert not score(completion, template).correct
     assert not answers_match("5", bait)
 
 
@@ -301,45 +315,10 @@ def test_random_text_always_gets_a_finite_reward_that_json_holds() -> None:
     generator = random.Random(1)
     pieces = ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "5", " "]
     pieces += ["\x00", "\ud83d", "\u202e", "$", ",", "/", "<|im_end|>", *string.punctuation]
-    problem = Problem(problem_id="p", question="?", answer="5")
     for _ in range(500):
         completion = "".join(generator.choices(pieces, k=generator.randrange(30)))
         for template in (R1, OPENED, QWEN, NONE):
-            (reward,) = score([completion], [problem], template, truncated=[False])
-            assert math.isfinite(reward.total)
-            assert reward.accuracy in (0.0, 1.0) and reward.format in (0.0, 1.0)
+            reward = score(completion, template)
+            assert reward.total is not None and math.isfinite(reward.total)
+            assert set(reward.parts.values()) <= {0.0, 1.0}
             assert json.loads(json.dumps(reward.extracted)) == reward.extracted
-
-
-def test_score_adds_the_weighted_parts_in_order() -> None:
-    problems = [Problem(problem_id=f"p{n}", question="?", answer=str(n)) for n in (5, 6)]
-    right, wrong = score(
-        [GOOD, GOOD], problems, R1, accuracy_weight=2.0, format_weight=0.25, truncated=[False] * 2
-    )
-    assert (right.total, right.accuracy, right.format, right.correct) == (2.25, 1.0, 1.0, True)
-    assert (wrong.total, wrong.accuracy, wrong.format, wrong.correct) == (0.25, 0.0, 1.0, False)
-    assert right.extracted == wrong.extracted == "5"
-
-
-def test_truncated_completion_gets_no_accuracy() -> None:
-    problem = Problem(problem_id="p", question="?", answer="5")
-    (reward,) = score([GOOD], [problem], R1, truncated=[True])
-    assert (reward.accuracy, reward.correct, reward.extracted) == (0.0, False, None)
-
-
-def test_accuracy_reward_agrees_with_score() -> None:
-    assert accuracy_reward("5", GOOD, R1) == 1.0
-    assert accuracy_reward("6", GOOD, R1) == 0.0
-    assert accuracy_reward("6", "6", R1) == 0.0
-
-
-def test_score_refuses_sequences_of_different_lengths() -> None:
-    problem = Problem(problem_id="p", question="?", answer="5")
-    with pytest.raises(ValueError, match=r"expected one per completion \(2\), got 1 and 2"):
-        score([GOOD, GOOD], [problem], R1, truncated=[False, False])
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf])
-def test_score_refuses_a_weight_that_is_not_finite(weight: float) -> None:
-    with pytest.raises(ValueError, match="format_weight: expected a finite number"):
-        score([], [], R1, format_weight=weight, truncated=[])

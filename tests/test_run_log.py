@@ -36,7 +36,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_sample(completion: str = "5", *, reward: float = 1.0, correct: bool = True) -> Sample:
     return Sample.of(
         Problem(problem_id="sum/1", question="2 + 3 ?", answer="5"),
-        Reward(total=reward, accuracy=1.0, format=0.0, extracted="5", correct=correct),
+        Reward(
+            total=reward,
+            parts={"accuracy": 1.0, "format": 0.0},
+            extracted="5",
+            correct=correct,
+            status="ok",
+        ),
         prompt="User: 2 + 3 ? Assistant:",
         completion=completion,
         length=1,
@@ -70,9 +76,9 @@ def test_step_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
         "prompt": "User: 2 + 3 ? Assistant:",
         "completion": "5",
         "extracted": "5",
+        "status": "ok",
         "reward": 1.0,
-        "accuracy": 1.0,
-        "format": 0.0,
+        "parts": {"accuracy": 1.0, "format": 0.0},
         "correct": True,
         "length": 1,
         "finish_reason": "stop",

@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.tasks import DataError, load_problems
+from trainer.data_records import DataError
+from trainer.tasks import load_problems
 
 
 def write_jsonl(path: Path, records: list[object]) -> str:
@@ -67,10 +68,11 @@ def test_named_columns_win_over_common_ones(tmp_path: Path) -> None:
         (142.0, "142.0"),
         (7, "7"),
         (["9.6\n"], "9.6"),
+        (["0.01\n", 0.02, "0.01"], ["0.01", "0.02"]),
     ],
 )
 def test_solution_is_reduced_to_its_final_answer(
-    tmp_path: Path, solution: object, answer: str
+    tmp_path: Path, solution: object, answer: str | list[str]
 ) -> None:
     source = write_jsonl(tmp_path / "set.jsonl", [{"question": "Q", "solution": solution}])
     assert load_problems(source)[0].answer == answer
@@ -87,7 +89,13 @@ def test_solution_is_reduced_to_its_final_answer(
         (['{"question": "Q", "answer": null}'], "line 1: .*final answer.*got nothing"),
         (['{"question": "Q", "answer": true}'], "line 1: .*final answer.*got bool"),
         (['{"question": "Q", "answer": NaN}'], "line 1: .*final answer.*got float"),
-        (['{"question": "Q", "answer": ["1", "2"]}'], "line 1: .*got a list of 2"),
+        (['{"question": "Q", "answer": []}'], "line 1: .*final answer.*got an empty list"),
+        (['{"question": "Q", "answer": ["1", " "]}'], "line 1: .*final answer.*got an empty text"),
+        (['{"question": "Q", "answer": {"a": 1}}'], "line 1: .*final answer.*got a dict of 1"),
+        (
+            [json.dumps({"question": "Q", "answer": "9" * 5000})],
+            "line 1: the answer in column 'answer' cannot be graded: it is longer than",
+        ),
         (['{"question": "Q", "answer": "so ####  "}'], "line 1: .*holds no final answer"),
         (['{"question": "Q", "answer": "so \\\\boxed{4"}'], "line 1: .*holds no final answer"),
         (['{"question": " ", "answer": "1"}'], "line 1: expected a non-empty text"),
@@ -140,6 +148,74 @@ def test_unusable_file_is_refused(tmp_path: Path, name: str, message: str) -> No
     (tmp_path / "object.json").write_text('{"question": "Q"}')
     with pytest.raises(DataError, match=message):
         load_problems(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("stated", "level"),
+    [("Level 5", 5), (3, 3), (4.0, 4), ("2", 2), ("Level ?", None), (0.0, None), ("hard", None)],
+)
+def test_level_is_read_in_every_spelling(tmp_path: Path, stated: object, level: int | None) -> None:
+    record = {"problem": "Q", "answer": "1", "level": stated}
+    assert load_problems(write_jsonl(tmp_path / "set.jsonl", [record]))[0].level == level
+
+
+def test_levels_are_chosen_before_the_limit(tmp_path: Path) -> None:
+    records: list[object] = [
+        {"question": f"Q{n}", "answer": "1", "level": f"Level {n % 5 + 1}"} for n in range(10)
+    ]
+    source = write_jsonl(tmp_path / "set.jsonl", records)
+    problems = load_problems(source, levels=(4, 5), limit=3)
+    assert [problem.question for problem in problems] == ["Q3", "Q4", "Q8"]
+
+
+def test_a_level_that_no_problem_has_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "set.jsonl", [{"question": "Q", "answer": "1"}])
+    with pytest.raises(DataError, match="expected at least one problem of level 4, 5, got none"):
+        load_problems(source, levels=(5, 4))
+
+
+def test_other_columns_are_kept_for_rewards(tmp_path: Path) -> None:
+    record = {"question": "Q", "answer": "1", "source": "s", "hints": [1, 2]}
+    (problem,) = load_problems(write_jsonl(tmp_path / "set.jsonl", [record]))
+    assert problem.columns == {"source": "s", "hints": [1, 2]}
+
+
+def test_several_golds_are_shown_as_one_text(tmp_path: Path) -> None:
+    record = {"question": "Q", "answer": ["1/2", "0.5"]}
+    (problem,) = load_problems(write_jsonl(tmp_path / "set.jsonl", [record]))
+    assert problem.answer_text == "1/2 or 0.5"
+
+
+def test_choices_are_listed_in_an_order_of_their_own_and_answered_by_letter(
+    tmp_path: Path,
+) -> None:
+    records: list[object] = [
+        {
+            "Question": f"What is {n}?",
+            "Correct Answer": f"right {n}",
+            "Incorrect Answer 1": "one",
+            "Incorrect Answer 2": "two",
+            "Incorrect Answer 3": "three",
+            "Subdomain": "Optics",
+        }
+        for n in range(40)
+    ]
+    source = write_jsonl(tmp_path / "gpqa.jsonl", records)
+    problems = load_problems(source, kind="choice")
+    for n, problem in enumerate(problems):
+        assert f"\n{problem.answer}) right {n}\n" in problem.question
+        assert problem.columns == {"Subdomain": "Optics"}
+    assert {problem.answer for problem in problems} == set("ABCD")
+    # Neither the place nor the id matters.
+    assert load_problems(write_jsonl(tmp_path / "rest.jsonl", records[7:]), kind="choice")[
+        0
+    ].question == (problems[7].question)
+
+
+def test_choices_that_are_missing_are_named(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "gpqa.jsonl", [{"Question": "Q", "Correct Answer": "1"}])
+    with pytest.raises(DataError, match="line 1: expected a column 'Incorrect Answer 1'"):
+        load_problems(source, kind="choice")
 
 
 def test_ids_are_kept_and_made_distinct(tmp_path: Path) -> None:

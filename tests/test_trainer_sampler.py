@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
-from trainer.rollout.transformers_sampler import TransformersSampler, sample_tokens
+from trainer.rollout.transformers_sampler import TransformersSampler, nucleus, sample_tokens
 from trainer.seeds import derive_key
 from trainer.templates import Template, template_by_name
 from trainer.testing import WORDS, bigram_logprobs, bigram_model, bigram_tokenizer
@@ -150,3 +151,37 @@ def test_sample_tokens_inverts_the_cumulative_distribution() -> None:
     token_ids, logprobs = sample_tokens(probabilities.log().expand(6, 6), draws, 1.0)
     assert token_ids.tolist() == [1, 1, 3, 3, 4, 4]
     torch.testing.assert_close(logprobs, probabilities[token_ids].log())
+
+
+def test_nucleus_is_that_of_transformers() -> None:
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
+    for top_p in (0.05, 0.5, 0.95, 0.999):
+        theirs = TopPLogitsWarper(top_p)(torch.empty(0), logits).isfinite()
+        assert torch.equal(nucleus(logits.log_softmax(-1), top_p), theirs)
+
+
+def test_nucleus_keeps_the_lower_ids_of_equal_tokens() -> None:
+    logprobs = torch.tensor([[0.125, 0.25, 0.25, 0.25, 0.125]]).log()
+    assert nucleus(logprobs, 0.4).tolist() == [[False, True, True, False, False]]
+
+
+def test_top_p_samples_the_nucleus_by_its_own_probabilities() -> None:
+    probabilities = torch.tensor([[0.1, 0.5, 0.02, 0.3, 0.08]])
+    draws = torch.linspace(0, 1 - 1e-6, 999, dtype=torch.float64)
+    token_ids, logprobs = sample_tokens(probabilities.log().expand(999, 5), draws, 1.0, 0.75)
+    of_first = int((draws < 0.5 / 0.8).sum())
+    assert token_ids.bincount(minlength=5).tolist() == [0, of_first, 0, 999 - of_first, 0]
+    expected = torch.tensor([0.0, 0.625, 0.0, 0.375, 0.0]).log()
+    torch.testing.assert_close(logprobs, expected[token_ids])
+
+
+def test_top_p_leaves_rare_words_out_of_completions() -> None:
+    sampler, prompt = make_sampler(rows_per_batch=500), words("User: 1 + 2 Assistant:")
+    all_first = sampler.generate([prompt], make_keys(1, 500), max_new_tokens=1, temperature=1.0)
+    nucleus_first = sampler.generate(
+        [prompt], make_keys(1, 500), max_new_tokens=1, temperature=1.0, top_p=0.85
+    )
+    rare, common = WORDS.index("<answer>"), WORDS.index("<think>")
+    assert any(one.token_ids[0] == rare for one in all_first[0])
+    assert {one.token_ids[0] for one in nucleus_first[0]} == {common}
+    assert all(one.logprobs[0] == 0.0 for one in nucleus_first[0])

@@ -72,18 +72,20 @@ def launch(kernel: str, dtype: torch.dtype, width: int, tokens: int = 4, **chang
 
 
 class Recorder:
-    """Stands in for a kernel; keeps the arguments of a launch."""
+    """Stands in for a kernel; keeps the grid and the arguments of a launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.grid: tuple[int, ...] = ()
         self.arguments: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grid = grid
         return lambda **arguments: self.arguments.update(arguments)
 
 
-def recorded(*arguments: Any, **changes: Any) -> tuple[Any, dict[str, Any]]:
-    """The kernel that `launch` launches, and with what."""
+def recorded(*arguments: Any, **changes: Any) -> Recorder:
+    """What `launch` launches, and how."""
     programs = triton_backend.programs
     kernels = {name: value for name, value in vars(programs).items() if name.endswith("_kernel")}
     recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
@@ -93,7 +95,7 @@ def recorded(*arguments: Any, **changes: Any) -> tuple[Any, dict[str, Any]]:
     finally:
         vars(programs).update(kernels)
     (used,) = [recorder for recorder in recorders.values() if recorder.arguments]
-    return used.kernel, used.arguments
+    return used
 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
@@ -125,14 +127,30 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dic
     return signature, constants, attributes
 
 
+def row_offsets_in_32_bits(ir: str) -> list[str]:
+    """Lines of Triton's IR that compute with a program's index or a row stride in 32 bits."""
+    programs = re.findall(r"(%\w+) = tt\.get_(?:program_id|num_programs)", ir)
+    narrow = []
+    for line in ir.splitlines():
+        _, _, operation = line.partition(" = ")
+        names = re.findall(r"%\w+", operation)
+        widened = "arith.extsi" in operation and "i32 to i64" in operation
+        of_program = any(name in programs for name in names)
+        of_stride = any("_stride_" in name for name in names)
+        if (of_program and not widened) or (of_stride and ": i64" not in operation):
+            narrow.append(line.strip())
+    return narrow
+
+
 def compile_case(case: str, arch: int) -> dict[str, Any]:
-    """Registers, stack and local memory by `cuobjdump`, and the widest global accesses."""
+    """What `cuobjdump` says of registers, stack and local memory; widest accesses; offsets."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel_name, dtype, *width = case.split()
-    kernel, arguments = recorded(kernel_name, DTYPES[dtype], int(width[0]) if width else WIDTH)
+    used = recorded(kernel_name, DTYPES[dtype], int(width[0]) if width else WIDTH)
+    kernel, arguments = used.kernel, used.arguments
     options = {name: arguments[name] for name in ("num_warps", "enable_fp_fusion")}
     signature, constants, attributes = specialised(kernel, arguments)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -147,7 +165,8 @@ def compile_case(case: str, arch: int) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     wide = [f"{access}.global.v4.b32" in ptx for access in ("ld", "st")]
-    return usage | {"wide loads": wide[0], "wide stores": wide[1]}
+    narrow = row_offsets_in_32_bits(compiled.asm["ttir"])
+    return usage | {"wide loads": wide[0], "wide stores": wide[1], "narrow offsets": narrow}
 
 
 def main() -> None:
@@ -196,6 +215,18 @@ def test_aligned_rows_are_read_and_written_16_bytes_a_thread(
     assert usage["wide stores"] or case.startswith("row_stats")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_06_rows_are_found_in_64_bits(compiled: dict[str, dict[str, Any]], case: str) -> None:
+    """Group 6 of `test_hard_cases.py`, in the compiler's own words."""
+    assert compiled[f"{case} sm_90"]["narrow offsets"] == []
+
+
+@pytest.mark.parametrize("kernel", ["row_stats", "grad_logits", "grpo", "full", "scale"])
+def test_07_rows_are_the_first_axis_of_the_grid(kernel: str) -> None:
+    """Group 7: the only axis on which CUDA launches more than 65535 programs."""
+    assert recorded(kernel, torch.bfloat16, 2, tokens=70000).grid == (70000,)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -209,7 +240,7 @@ def test_aligned_rows_are_read_and_written_16_bytes_a_thread(
 )
 def test_batch_temperature_and_clip_do_not_compile_anew(changes: dict[str, Any]) -> None:
     def key(**changes: Any) -> dict[str, Any]:
-        _, arguments = recorded("grpo", torch.bfloat16, 64, **changes)
+        arguments = recorded("grpo", torch.bfloat16, 64, **changes).arguments
         return {
             name: value if isinstance(value, bool | int | str | None) else type(value)
             for name, value in arguments.items()

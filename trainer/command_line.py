@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 import tyro
@@ -32,22 +32,16 @@ def parse_command_line(arguments: Sequence[str]) -> TrainConfig:
         preset = flags.pop(0)
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    _check_flag_names(flags)
+    check_flag_names(flags, _flag_names())
     if not {"-h", "--help"}.isdisjoint(flags):
         _print_presets()
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            config = tyro.extras.overridable_config_cli(
-                PRESETS,
-                prog="torchrun trainer/train.py",
-                args=[preset, *flags],
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-            )
-    except SystemExit as exit_request:
-        if not exit_request.code:
-            raise
-        raise UsageError(_first_sentence(printed.getvalue())) from None
+    with one_sentence_errors():
+        config = tyro.extras.overridable_config_cli(
+            PRESETS,
+            prog="torchrun trainer/train.py",
+            args=[preset, *flags],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        )
     for name, value in (("--model", config.model), ("--dataset", config.data.dataset)):
         if not value:
             raise UsageError(f"{name}: the preset {preset} needs it to be given")
@@ -61,8 +55,8 @@ def _flag_names() -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-def _check_flag_names(flags: Sequence[str]) -> None:
-    known = _flag_names()
+def check_flag_names(flags: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError for a flag that is not among the known ones, with the one that was meant."""
     for argument in flags:
         name = argument.split("=", 1)[0].replace("_", "-")
         if not name.startswith("--") or name in known:
@@ -70,6 +64,19 @@ def _check_flag_names(flags: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}" if close else "--help lists the flags"
         raise UsageError(f"{name}: no such flag; {hint}")
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """What tyro prints about a mistake, before it exits, becomes a UsageError of one sentence."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as exit_request:
+        if not exit_request.code:
+            raise
+        raise UsageError(_first_sentence(printed.getvalue())) from None
 
 
 def _print_presets() -> None:

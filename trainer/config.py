@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
@@ -27,7 +28,9 @@ class NonFiniteError(UsageError):
     """A value that must be finite is not; the run stops before it reaches the weights."""
 
 
-def _check(name: str, value: float | None, at_least: float, *, exclusive: bool = False) -> None:
+def check_at_least(
+    name: str, value: float | None, at_least: float, *, exclusive: bool = False
+) -> None:
     """Raises ValueError unless `value` is None, or >= `at_least` (> with `exclusive`)."""
     if value is None or value > at_least or (value == at_least and not exclusive):
         return
@@ -40,8 +43,14 @@ class DataOptions:
     """Problems to train and to evaluate on."""
 
     dataset: str = "tiny"
-    """Training problems: a .jsonl or .parquet file, a hub data set (owner/name or
-    owner/name:configuration), or "tiny" (made up as the run goes)."""
+    """Training problems: a set by its name (gsm8k-train, math-train), a .jsonl or .parquet file, a
+    hub data set (owner/name or owner/name:configuration), or problems made up as the run goes:
+    "tiny" or a task of reasoning-gym, gym:chain_sum:max_terms=3,max_digits=2."""
+    data_dir: Path | None = None
+    """Folder with the files of sets named by --dataset and --eval-dataset; None takes them from the
+    hub."""
+    levels: tuple[int, ...] = ()
+    """Train only on problems of these levels (MATH's are 1 to 5); none given: on all."""
     split: str = "train"
     """Split of a hub data set to train on."""
     question_column: str | None = None
@@ -57,7 +66,7 @@ class DataOptions:
     """Held-out problems per evaluation (the first of --eval-dataset)."""
 
     def __post_init__(self) -> None:
-        _check("--eval-problems", self.eval_problems, 1)
+        check_at_least("--eval-problems", self.eval_problems, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +94,73 @@ class RolloutOptions:
         if self.rollout != "transformers":
             raise ValueError(f"--rollout: expected transformers, got {self.rollout!r}")
         for name in ("num_prompts", "group_size", "max_prompt_tokens", "max_new_tokens"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
-        _check("--temperature", self.temperature, 0, exclusive=True)
-        _check("--rows-per-batch", self.rows_per_batch, 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        check_at_least("--temperature", self.temperature, 0, exclusive=True)
+        check_at_least("--rows-per-batch", self.rows_per_batch, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardOptions:
-    """Rule-based rewards; a completion cut at --max-new-tokens counts as wrong, as in Dr. GRPO."""
+    """Rule-based rewards; a completion's reward is the sum of its parts times their weights."""
 
     accuracy_weight: float = 1.0
     """Reward of a right answer."""
+    code_weight: float = 1.0
+    """Reward of a program that passes all tests of its problem."""
     format_weight: float = 0.2
     """Reward of a completion in the template's format, right or wrong."""
+    language_weight: float = 0.0
+    """Reward of a thought in the target language, by the share of its words (DeepSeek-R1)."""
+    overlong_weight: float = 0.0
+    """Penalty that rises to this over the last tokens before --max-new-tokens (DAPO)."""
+    length_weight: float = 0.0
+    """Reward of short right answers, and penalty of others, by --length-reward."""
+    repetition_weight: float = 0.0
+    """Penalty by the share of n-grams of tokens that occurred before."""
+    reward: tuple[str, ...] = ()
+    """Your own rewards: package.module:function or package.module:function=weight, each a function
+    of prompts, completions and **columns (the data set's) that returns a number or None for each,
+    as TRL's are."""
+    truncated: Literal["zero", "mask"] = "zero"
+    """What a completion cut at --max-new-tokens earns: nothing but its penalties (Dr. GRPO), or
+    nothing at all, and it is left out of its group and of the loss (DAPO)."""
+    grader: Literal["exact", "strict", "lenient"] = "strict"
+    """How an answer is compared with the accepted one: as text and exact fraction only, also by
+    mathematical equality in worker processes, or also with the tolerances of published
+    evaluations."""
+    grader_workers: int = 2
+    """Processes that compare answers, and programs that run at once, on each rank."""
+    grader_timeout: float = 2.0
+    """Seconds of computation that comparing one answer may take; then it counts as wrong."""
+    sandbox: Literal["bubblewrap", "rlimits-only"] = "bubblewrap"
+    """What programs run in; the second is no protection from hostile ones."""
+    target_language: str = "en"
+    """Language of the thoughts, by its ISO 639-1 code."""
+    language_detector: Literal["script", "py3langid"] = "script"
+    """Tell languages by their script, or also those of one script apart (pip install
+    'onepass-rl[langid]')."""
+    length_reward: Literal["cosine", "linear"] = "cosine"
+    """Half a cosine wave up to --max-new-tokens, or a line between the shortest and the longest of
+    the group (Kimi k1.5)."""
+    overlong_buffer: int | None = None
+    """Tokens over which the overlong penalty rises; None is a fifth of --max-new-tokens."""
+    repetition_ngram: int = 3
+    """Length of the n-grams that the repetition penalty counts."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name.endswith("_weight") and not math.isfinite(value):
+                flag = option.name.replace("_", "-")
+                raise ValueError(f"--{flag}: expected a finite number, got {value}")
+        check_at_least("--grader-workers", self.grader_workers, 1)
+        check_at_least("--grader-timeout", self.grader_timeout, 0, exclusive=True)
+        check_at_least("--overlong-buffer", self.overlong_buffer, 0)
+        check_at_least("--repetition-ngram", self.repetition_ngram, 1)
+
+    def overlong_tokens(self, max_new_tokens: int) -> int:
+        """Tokens over which the overlong penalty rises; DAPO's are 4,096 of 20,480."""
+        return max_new_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,11 +251,11 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         for name in ("steps", "minibatches", "inner_epochs", "micro_batch_tokens"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("learning_rate", "warmup_updates", "weight_decay"):
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), 0)
-        _check("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
-        _check("--reference-reset-every", self.reference_reset_every, 1)
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        check_at_least("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
+        check_at_least("--reference-reset-every", self.reference_reset_every, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,9 +270,9 @@ class EvaluationOptions:
     """Sampling temperature of the evaluation; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        _check("--eval-every", self.eval_every, 0)
-        _check("--eval-samples", self.eval_samples, 1)
-        _check("--eval-temperature", self.eval_temperature, 0)
+        check_at_least("--eval-every", self.eval_every, 0)
+        check_at_least("--eval-samples", self.eval_samples, 1)
+        check_at_least("--eval-temperature", self.eval_temperature, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,8 +287,8 @@ class CheckpointOptions:
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
-        _check("--save-every", self.save_every, 1)
-        _check("--keep-checkpoints", self.keep_checkpoints, 1)
+        check_at_least("--save-every", self.save_every, 1)
+        check_at_least("--keep-checkpoints", self.keep_checkpoints, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,8 +324,14 @@ class TrainConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
-        _check("--seed", self.seed, 0)
-        _check("--cpu-threads", self.cpu_threads, 1)
+        check_at_least("--seed", self.seed, 0)
+        check_at_least("--cpu-threads", self.cpu_threads, 1)
+        longest = self.rollout.max_new_tokens
+        if self.reward.overlong_tokens(longest) > longest:
+            raise ValueError(
+                f"--overlong-buffer: expected at most --max-new-tokens = {longest}, "
+                f"got {self.reward.overlong_buffer}"
+            )
         completions = self.rollout.num_prompts * self.rollout.group_size
         if self.optimizer.minibatches > completions:
             raise ValueError(
@@ -322,6 +391,8 @@ def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
             value = _from_dict(hint, value)
         elif hint in (Path, Path | None) and value is not None:
             value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
         made[name] = value
     return kind(**made)
 
@@ -334,6 +405,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             preset="r1-zero-tiny",
             cpu_threads=1,
+            # Its answers are whole numbers.
+            reward=RewardOptions(grader="exact"),
             optimizer=OptimizerOptions(steps=120, learning_rate=1e-4, warmup_updates=20),
         ),
     ),

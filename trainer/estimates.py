@@ -50,23 +50,7 @@ def share(values_PK: Sequence[Sequence[float]]) -> Estimate | None:
     the effective sample size.
     """
     sums_P, counts_P = _sums_and_counts(values_PK)
-    total = counts_P.sum()
-    if not total:
-        return None
-    mean = float(sums_P.sum() / total)
-    spread = mean * (1 - mean)
-    variance = float(((sums_P - mean * counts_P) ** 2).sum() / total**2)
-    if spread <= 0:
-        effective = float((counts_P > 0).sum())
-    else:
-        effective = float(total) if variance == 0 else min(float(total), spread / variance)
-    scale = 1 + _Z**2 / effective
-    centre = (mean + _Z**2 / (2 * effective)) / scale
-    half = _Z / scale * math.sqrt(spread / effective + _Z**2 / (4 * effective**2))
-    # At 0 and 1 the bound is the value itself, which rounding would miss.
-    low = 0.0 if mean == 0 else centre - half
-    high = 1.0 if mean == 1 else centre + half
-    return Estimate(value=mean, low=low, high=high)
+    return _score_interval(sums_P, counts_P, float(counts_P.sum()))
 
 
 def mean(values_PK: Sequence[Sequence[float]]) -> Estimate | None:
@@ -90,8 +74,9 @@ def mean(values_PK: Sequence[Sequence[float]]) -> Estimate | None:
 def pass_at_k(correct_PK: Sequence[Sequence[bool]], k: int) -> Estimate | None:
     """Probability that of k samples of a problem at least one is right, averaged over problems.
 
-    Unbiased: 1 - C(n - c, k) / C(n, k) of n samples with c right. Interval: `share` with that one
-    value a problem. Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
+    Unbiased: 1 - C(n - c, k) / C(n, k) of n samples with c right. Interval: as of `share`, with
+    that one value a problem; n samples count as at most n / k trials. Source: Chen et al. 2021,
+    arXiv 2107.03374, equation 1.
 
     Raises:
         ValueError: k is not from 1 to the number of samples of every problem.
@@ -99,9 +84,11 @@ def pass_at_k(correct_PK: Sequence[Sequence[bool]], k: int) -> Estimate | None:
     fewest = min(map(len, correct_PK), default=k)
     if not 1 <= k <= fewest:
         raise ValueError(f"k: expected 1 to {fewest}, the samples of a problem, got {k}")
-    return share(
-        [[1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k)] for row in correct_PK]
+    values_P = np.array(
+        [1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in correct_PK]
     )
+    most = sum(len(row) // k for row in correct_PK)
+    return _score_interval(values_P, np.ones(len(values_P)), float(most))
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
@@ -154,6 +141,27 @@ def paired_difference(first_P: Sequence[float], second_P: Sequence[float]) -> Pa
         worse=worse,
         p_value=_sign_test(better, worse),
     )
+
+
+def _score_interval(sums_P: np.ndarray, counts_P: np.ndarray, most: float) -> Estimate | None:
+    """See `share`; the effective sample size is at most `most`."""
+    total = counts_P.sum()
+    if not total:
+        return None
+    mean = float(sums_P.sum() / total)
+    spread = mean * (1 - mean)
+    variance = float(((sums_P - mean * counts_P) ** 2).sum() / total**2)
+    if spread <= 0:
+        effective = float((counts_P > 0).sum())
+    else:
+        effective = most if variance == 0 else min(most, spread / variance)
+    scale = 1 + _Z**2 / effective
+    centre = (mean + _Z**2 / (2 * effective)) / scale
+    half = _Z / scale * math.sqrt(spread / effective + _Z**2 / (4 * effective**2))
+    # At 0 and 1 the bound is the value itself, which rounding would miss.
+    low = 0.0 if mean == 0 else centre - half
+    high = 1.0 if mean == 1 else centre + half
+    return Estimate(value=mean, low=low, high=high)
 
 
 def _sign_test(better: int, worse: int) -> float:

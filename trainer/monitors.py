@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from trainer.rewards.language import MIN_WORDS, count_words
 from trainer.rewards.matching import answer_key
+from trainer.rewards.penalties import repetition_penalty
 
 Category = Literal["correct", "incorrect", "unformatted", "truncated"]
 CATEGORIES: tuple[Category, ...] = ("correct", "incorrect", "unformatted", "truncated")
@@ -169,8 +171,17 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
 
     Source: seq-rep-4 of Welleck et al. 2020, arXiv 1908.04319, section 6.
     """
-    ngrams = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    return abs(repetition_penalty(token_ids, ngram=n))
+
+
+def language_share(text: str, target: str = "en") -> float | None:
+    """Share of a completion's words that are in the target language, by script; None for a text of
+    too few words.
+
+    Source: DeepSeek-R1, arXiv 2501.12948 v2, equation 7 and figure 7.
+    """
+    counts = count_words(text, target)
+    return counts.target / counts.total if counts.total >= MIN_WORDS else None
 
 
 def lengths_by_correctness(lengths_S: Sequence[int], correct_S: Sequence[bool]) -> Lengths:
@@ -204,6 +215,21 @@ def zero_spread_share(rewards_PG: Sequence[Sequence[float]]) -> float:
     """
     _check_samples(rewards_PG)
     return _mean([float(max(rewards_G) == min(rewards_G)) for rewards_G in rewards_PG])
+
+
+def unanimous_shares(correct_PG: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """Shares of groups in which every completion is right, and in which every one is wrong.
+
+    Source: DAPO, arXiv 2503.14476, section 3.2 and figure 3b; the first rises with training.
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
+    """
+    _check_samples(correct_PG)
+    return (
+        _mean([float(all(group)) for group in correct_PG]),
+        _mean([float(not any(group)) for group in correct_PG]),
+    )
 
 
 def _majority_is_right(

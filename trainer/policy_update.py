@@ -55,6 +55,8 @@ class UpdateSample:
     sampler_logprobs: np.ndarray
     """float32 `[n]`."""
     advantage: float
+    masked: bool = False
+    """Its tokens are left out of the loss; as a sequence it counts on."""
 
     @property
     def num_positions(self) -> int:
@@ -170,7 +172,8 @@ class PolicyUpdate:
         step: int,
         number: int,
     ) -> dict[str, float]:
-        tokens = sum(len(samples[index].token_ids) for index in chosen)
+        # At least one, for a minibatch whose samples are all masked.
+        tokens = max(1, sum(len(samples[i].token_ids) for i in chosen if not samples[i].masked))
         totals = dict.fromkeys(("loss", "tokens", *TOKEN_MEANS), 0.0)
         for indices in self._plan(samples, chosen):
             result = self._backward(samples, indices, old, ref, tokens, len(chosen))
@@ -354,7 +357,16 @@ def make_micro_batch(
     return _MicroBatch(
         token_ids_BT=on_device(token_ids_BT),
         positions_N=on_device(np.concatenate(positions)),
-        target_ids_N=on_device(np.concatenate([sample.token_ids for sample in chosen])),
+        target_ids_N=on_device(
+            np.concatenate(
+                [
+                    np.full_like(sample.token_ids, IGNORED_TOKEN)
+                    if sample.masked
+                    else sample.token_ids
+                    for sample in chosen
+                ]
+            )
+        ),
         cu_seqlens=on_device(np.cumsum([0, *lengths], dtype=np.int32)),
         advantages_S=on_device(np.array([s.advantage for s in chosen], dtype=np.float32)),
         sampler_logprobs_N=on_device(np.concatenate([s.sampler_logprobs for s in chosen])),

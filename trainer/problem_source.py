@@ -3,11 +3,12 @@
 from typing import Protocol
 
 from trainer.config import DataOptions, UsageError
+from trainer.data_records import DataError
+from trainer.gym_tasks import PREFIX, GymProblems
 from trainer.seeds import derive_shuffle
-from trainer.tasks import DataError, Problem, load_problems
-from trainer.tiny_task import held_out_problems, training_problem
-
-EMBEDDED = "tiny"
+from trainer.suites import TINY, load_source
+from trainer.tasks import Problem
+from trainer.tiny_task import training_problem
 
 
 class ProblemSource(Protocol):
@@ -57,25 +58,32 @@ def open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list[
 
 
 def _open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list[Problem]]:
-    def load(source: str, split: str, limit: int | None = None) -> list[Problem]:
-        if source == EMBEDDED:
-            return held_out_problems(options.eval_problems)
-        return load_problems(
+    def load(
+        source: str, split: str, *, levels: tuple[int, ...] = (), limit: int | None = None
+    ) -> list[Problem]:
+        return load_source(
             source,
             split=split,
+            data_dir=options.data_dir,
             question_column=options.question_column,
             answer_column=options.answer_column,
+            levels=levels,
             limit=limit,
         )
 
-    eval_source = options.eval_dataset or (EMBEDDED if options.dataset == EMBEDDED else None)
+    is_generated = options.dataset == TINY or options.dataset.startswith(PREFIX)
+    eval_source = options.eval_dataset or (options.dataset if is_generated else None)
     held_out = None
     if eval_source is not None:
-        held_out = load(eval_source, options.eval_split, options.eval_problems)
-    if options.dataset == EMBEDDED:
+        held_out = load(eval_source, options.eval_split, limit=options.eval_problems)
+    if is_generated:
+        if options.levels:
+            raise UsageError(f"--levels: expected none for {options.dataset}, which has no levels")
         assert held_out is not None
-        return GeneratedProblems(seed), held_out
-    problems = load(options.dataset, options.split)
+        if options.dataset == TINY:
+            return GeneratedProblems(seed), held_out
+        return GymProblems(options.dataset, seed, {one.question for one in held_out}), held_out
+    problems = load(options.dataset, options.split, levels=options.levels)
     if held_out is None:
         return _withhold(problems, options, seed)
     questions = {problem.question for problem in held_out}

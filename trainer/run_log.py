@@ -49,10 +49,12 @@ class Sample:
     completion: str
     extracted: str | None
     """The answer that was graded."""
-    reward: float
-    """The total, which the advantages are computed from."""
-    accuracy: float
-    format: float
+    status: str
+    """How the grade came about: one of `trainer.rewards.scoring.STATUSES`."""
+    reward: float | None
+    """The total, which the advantages are computed from; None: left out of the loss."""
+    parts: dict[str, float | None]
+    """What the total is the weighted sum of, by name; None: left out of this part."""
     correct: bool
     length: int
     """Tokens of the completion."""
@@ -81,9 +83,9 @@ class Sample:
             prompt=prompt,
             completion=completion,
             extracted=reward.extracted,
+            status=reward.status,
             reward=reward.total,
-            accuracy=reward.accuracy,
-            format=reward.format,
+            parts=reward.parts,
             correct=reward.correct,
             length=length,
             finish_reason=finish_reason,
@@ -255,6 +257,7 @@ class RunLog:
     def _show_sample(self, step: int, kind: str, sample: Sample) -> None:
         right = "right" if sample.correct else "wrong"
         given = "no answer" if sample.extracted is None else f"answer {sample.extracted[:60]}"
+        earned = "no reward" if sample.reward is None else f"reward {sample.reward:.2f}"
         cut_off = ", cut off" if sample.finish_reason == "length" else ""
         self._terminal.print(
             sample_text(
@@ -264,7 +267,7 @@ class RunLog:
                 completion=sample.completion,
                 correct=sample.correct,
                 verdict=f"{right}: {given}, gold {sample.answer[:60]}, "
-                f"reward {sample.reward:.2f}, {sample.length} tokens{cut_off}",
+                f"{earned}, {sample.length} tokens{cut_off}",
             )
         )
 

@@ -3,16 +3,29 @@
 Shapes: P prompts, G completions per prompt.
 """
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer import rewards
-from trainer.config import NonFiniteError, RewardOptions, UsageError
-from trainer.monitors import lengths_by_correctness, reflection_rate, zero_spread_share
+from trainer.config import NonFiniteError, UsageError
+from trainer.monitors import (
+    CATEGORIES,
+    DRGRPO_REFLECTION,
+    category,
+    language_share,
+    lengths_by_correctness,
+    reflection_rate,
+    reflection_words,
+    repetition,
+    unanimous_shares,
+    zero_spread_share,
+)
 from trainer.rewards import Reward
+from trainer.rewards.scoring import STATUSES, Attempt, GradedGroup, Scorer
 from trainer.rollout import Completion, Sampler
 from trainer.run_log import Sample
 from trainer.seeds import derive_key
@@ -38,7 +51,7 @@ class Prompter:
     Args:
         tokenizer: of the model.
         template: made for the tokenizer (`Template.for_tokenizer`).
-        options: weights of the rewards.
+        scorer: made for the template; the caller closes it.
         max_prompt_tokens: longest prompt accepted.
     """
 
@@ -46,11 +59,11 @@ class Prompter:
         self,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
-        options: RewardOptions,
+        scorer: Scorer,
         *,
         max_prompt_tokens: int,
     ) -> None:
-        self.tokenizer, self.template, self.options = tokenizer, template, options
+        self.tokenizer, self.template, self.scorer = tokenizer, template, scorer
         self.max_prompt_tokens = max_prompt_tokens
 
     def encode(self, problem: Problem) -> list[int]:
@@ -71,31 +84,21 @@ class Prompter:
         self, problems: Sequence[Problem], completions_PG: Sequence[Sequence[Completion]]
     ) -> list[list[ScoredCompletion]]:
         """Rewards of the completions of each problem, `[P][G]`."""
-        flat = [
-            (problem, completion)
-            for problem, completions in zip(problems, completions_PG, strict=True)
-            for completion in completions
-        ]
-        texts = [self._text(completion) for _, completion in flat]
-        graded = rewards.score(
-            texts,
-            [problem for problem, _ in flat],
-            self.template,
-            accuracy_weight=self.options.accuracy_weight,
-            format_weight=self.options.format_weight,
-            truncated=[completion.finish_reason == "length" for _, completion in flat],
-        )
-        scored = iter(
-            ScoredCompletion(
+        return Scoring(self, problems).finish(completions_PG)
+
+    def attempts(self, problem: Problem, completions_G: Sequence[Completion]) -> list[Attempt]:
+        """Completions of a problem as rewards see them."""
+        prompt = self.template.prompt(problem.question, self.tokenizer)
+        return [
+            Attempt(
                 problem=problem,
-                prompt_ids=self.encode(problem),
-                completion=completion,
-                text=text,
-                reward=reward,
+                prompt=prompt,
+                text=self._text(completion),
+                token_ids=completion.token_ids,
+                truncated=completion.finish_reason == "length",
             )
-            for (problem, completion), text, reward in zip(flat, texts, graded, strict=True)
-        )
-        return [[next(scored) for _ in completions] for completions in completions_PG]
+            for completion in completions_G
+        ]
 
     def record(self, scored: ScoredCompletion) -> Sample:
         """The completion as it is kept in the run's files."""
@@ -118,6 +121,58 @@ class Prompter:
         return text
 
 
+class Scoring:
+    """The rewards of one rollout; groups that come early are graded while others are sampled.
+
+    Args:
+        prompter: whose rewards.
+        problems: of the rollout.
+    """
+
+    def __init__(self, prompter: Prompter, problems: Sequence[Problem]) -> None:
+        self.prompter, self.problems = prompter, problems
+        self.attempts: dict[int, list[Attempt]] = {}
+        self.started: dict[int, Future[GradedGroup]] = {}
+
+    def add(self, place: int, completions_G: Sequence[Completion]) -> None:
+        """Starts to grade the completions of the problem at that place."""
+        self.attempts[place] = self.prompter.attempts(self.problems[place], completions_G)
+        self.started[place] = self.prompter.scorer.start(self.attempts[place])
+
+    def finish(
+        self, completions_PG: Sequence[Sequence[Completion]]
+    ) -> list[list[ScoredCompletion]]:
+        """Rewards of all completions, `[P][G]`; the same whatever was added before.
+
+        Raises:
+            UsageError: a user's reward returned something else than numbers.
+        """
+        attempts_PG = [
+            self.attempts.get(place) or self.prompter.attempts(problem, completions_PG[place])
+            for place, problem in enumerate(self.problems)
+        ]
+        rewards_PG = self.prompter.scorer.finish(attempts_PG, self.started)
+        scored_PG = []
+        for place, problem in enumerate(self.problems):
+            prompt_ids = self.prompter.encode(problem)
+            of_group = zip(
+                completions_PG[place], attempts_PG[place], rewards_PG[place], strict=True
+            )
+            scored_PG.append(
+                [
+                    ScoredCompletion(
+                        problem=problem,
+                        prompt_ids=prompt_ids,
+                        completion=completion,
+                        text=attempt.text,
+                        reward=reward,
+                    )
+                    for completion, attempt, reward in of_group
+                ]
+            )
+        return scored_PG
+
+
 def rollout(
     sampler: Sampler,
     prompter: Prompter,
@@ -128,12 +183,15 @@ def rollout(
     temperature: float,
     stream: tuple[int, str, int],
     first_prompt: int,
+    top_p: float = 1.0,
+    on_group: Callable[[int, list[Completion]], None] | None = None,
 ) -> list[list[Completion]]:
     """Samples `num_samples` completions of each problem, `[P][G]`.
 
     Args:
         stream: seed, purpose and step, which the random numbers derive from,
         first_prompt: together with the place of the problem among those of all ranks.
+        top_p, on_group: see `Sampler.generate`.
     """
     seed, purpose, step = stream
     keys_PG = np.array(
@@ -145,7 +203,12 @@ def rollout(
     ).reshape(len(problems), num_samples)
     prompts = [prompter.encode(problem) for problem in problems]
     return sampler.generate(
-        prompts, keys_PG, max_new_tokens=max_new_tokens, temperature=temperature
+        prompts,
+        keys_PG,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        on_group=on_group,
     )
 
 
@@ -167,19 +230,80 @@ def sample_metrics(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> dict[str,
     lengths = lengths_by_correctness(
         [len(one.completion.token_ids) for one in scored], [reward.correct for reward in graded]
     )
+    totals_PG = [[one.reward.total for one in group] for group in scored_PG]
+    all_correct, all_wrong = unanimous_shares(
+        [[one.reward.correct for one in group] for group in scored_PG]
+    )
     return {
-        "reward/mean": _mean(reward.total for reward in graded),
-        "reward/accuracy": _mean(reward.accuracy for reward in graded),
-        "reward/format": _mean(reward.format for reward in graded),
+        **reward_metrics(graded),
         "length/mean": lengths.mean,
         "length/correct": lengths.correct,
         "length/wrong": lengths.wrong,
-        "reflection_rate": reflection_rate([one.text for one in scored]),
+        **behaviour_metrics(scored),
         "truncated_fraction": _mean(one.completion.finish_reason == "length" for one in scored),
+        # A group without any reward gives no gradient either.
         "zero_spread_fraction": zero_spread_share(
-            [[one.reward.total for one in group] for group in scored_PG]
+            [[total for total in group if total is not None] or [0.0] for group in totals_PG]
         ),
+        "groups/all_correct": all_correct,
+        "groups/all_wrong": all_wrong,
     }
+
+
+def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | None]:
+    """What completions look like, whatever they earned.
+
+    Returns: shares of completions with a reflection word, by either published list
+    (`reflection_rate`: DeepSeek-R1's), and the mean number of those words; `category/<name>` of
+    each of CATEGORIES; `repetition` and `language_share` (English), means over completions, the
+    latter over those with enough words.
+    """
+    texts = [one.text for one in scored]
+    categories = [
+        category(
+            truncated=one.completion.finish_reason == "length",
+            extracted=one.reward.extracted,
+            correct=one.reward.correct,
+        )
+        for one in scored
+    ]
+    return {
+        "reflection_rate": reflection_rate(texts),
+        "reflection/words": _mean(reflection_words(text) for text in texts),
+        "reflection/dr_grpo_rate": reflection_rate(texts, DRGRPO_REFLECTION),
+        "reflection/dr_grpo_words": _mean(
+            reflection_words(text, DRGRPO_REFLECTION) for text in texts
+        ),
+        **{f"category/{name}": _mean(each == name for each in categories) for name in CATEGORIES},
+        "repetition": _mean(repetition(one.completion.token_ids.tolist()) for one in scored),
+        "language_share": _mean_of(language_share(text) for text in texts),
+    }
+
+
+def reward_metrics(graded: Sequence[Reward]) -> dict[str, float | None]:
+    """The rewards of a step, part by part.
+
+    Returns: `reward/mean` of the totals; for each part its mean `reward/<part>`, its standard
+    deviation `reward/<part>/std` (over all, not within groups) and the share of completions that
+    were left out of it, `reward/<part>/left_out`; for each status of the grade its share,
+    `grade/<status>`.
+    """
+    metrics = {"reward/mean": _mean_of(reward.total for reward in graded)}
+    for name in dict.fromkeys(name for reward in graded for name in reward.parts):
+        values = [reward.parts.get(name) for reward in graded]
+        metrics[f"reward/{name}"] = _mean_of(values)
+        present = [value for value in values if value is not None]
+        metrics[f"reward/{name}/std"] = statistics.pstdev(present) if present else None
+        metrics[f"reward/{name}/left_out"] = _mean(value is None for value in values)
+    for status in STATUSES:
+        metrics[f"grade/{status}"] = _mean(reward.status == status for reward in graded)
+    return metrics
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there."""
+    present = [value for value in values if value is not None]
+    return _mean(present) if present else None
 
 
 def _mean(values: Iterable[float]) -> float:

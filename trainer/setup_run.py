@@ -20,6 +20,8 @@ from trainer.fsdp import World, from_main_rank
 from trainer.model_loading import load_model, load_tokenizer, resolve_model
 from trainer.policy_update import Policy, make_optimizer
 from trainer.problem_source import ProblemSource, open_problems
+from trainer.rewards import Scorer
+from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
 from trainer.rollout.transformers_sampler import TransformersSampler
 from trainer.run_log import RunLog
@@ -74,6 +76,8 @@ def start_run(
         UsageError: a model, tokenizer, template, data set or backend that cannot be used.
     """
     _check_backend(config.backend)
+    # Refused before the minutes that loading may take.
+    check_rewards(config.reward)
     template = _template(config.template)
     source, held_out = open_problems(config.data, config.seed)
     log = RunLog(
@@ -91,17 +95,18 @@ def start_run(
     tokenizer, model = load_tokenizer(start), load_model(start)
     model.to(world.device)  # type: ignore[arg-type]
     _check_vocabulary(tokenizer, model)
+    template = _for_tokenizer(template, tokenizer)
     prompter = Prompter(
         tokenizer,
-        _for_tokenizer(template, tokenizer),
-        config.reward,
+        template,
+        Scorer(config.reward, template, max_new_tokens=config.rollout.max_new_tokens),
         max_prompt_tokens=config.rollout.max_prompt_tokens,
     )
     dtype = getattr(torch, config.dtype)
     sampler = TransformersSampler(
         model,
         tokenizer,
-        prompter.template,
+        template,
         dtype=dtype,
         rows_per_batch=config.rollout.rows_per_batch,
     )

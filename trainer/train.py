@@ -8,6 +8,7 @@ Exit codes: 0 done; 2 a mistake of the caller, in one sentence; 130 interrupted,
 command that resumes.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ import kernels
 from trainer.checkpoints import CheckpointStore, step_of
 from trainer.command_line import parse_command_line
 from trainer.config import TrainConfig, UsageError
-from trainer.evaluate import evaluate
+from trainer.evaluation import evaluate
 from trainer.fsdp import (
     MainRankFailedError,
     any_rank,
@@ -39,13 +40,13 @@ from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished,
 from trainer.run_log import RunLog, Sample
 from trainer.samples import (
     ScoredCompletion,
+    Scoring,
     require_finite_logprobs,
     rollout,
     sample_metrics,
 )
 from trainer.setup_run import Run, start_run
 from trainer.stop_signal import InterruptedRunError
-from trainer.tasks import Problem
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -64,9 +65,9 @@ def train(run: Run) -> None:
     for step in range(run.completed + 1, config.optimizer.steps + 1):
         clock = PhaseClock(run.log)
         with clock.phase("rollout"):
-            problems, completions_PG = sample_step(run, step)
+            scoring, completions_PG = sample_step(run, step)
         with clock.phase("score"):
-            scored_PG = gather_in_order(run.world, run.prompter.score(problems, completions_PG))
+            scored_PG = gather_in_order(run.world, scoring.finish(completions_PG))
             require_finite_logprobs(scored_PG, step)
         stop_if_asked(run)
         with clock.phase("update"):
@@ -101,12 +102,14 @@ class PhaseClock:
         return {**self.seconds, "tokens_per_second": tokens / sum(self.seconds.values())}
 
 
-def sample_step(run: Run, step: int) -> tuple[list[Problem], list[list[Completion]]]:
-    """This rank's problems of the step, and their completions from the current policy."""
+def sample_step(run: Run, step: int) -> tuple[Scoring, list[list[Completion]]]:
+    """Completions of this rank's problems of the step from the current policy, and their scoring,
+    which goes on meanwhile."""
     options = run.config.rollout
     first = (step - 1) * options.num_prompts
     places = run.world.shard(range(options.num_prompts))
     problems = [run.source.problem(first + place) for place in places]
+    scoring = Scoring(run.prompter, problems)
     completions_PG = rollout(
         run.sampler,
         run.prompter,
@@ -116,18 +119,20 @@ def sample_step(run: Run, step: int) -> tuple[list[Problem], list[list[Completio
         temperature=options.temperature,
         stream=(run.config.seed, "rollout", step),
         first_prompt=places[0] if places else 0,
+        on_group=scoring.add,
     )
-    return problems, completions_PG
+    return scoring, completions_PG
 
 
 def with_advantages(
     scored_PG: Sequence[Sequence[ScoredCompletion]], config: TrainConfig
 ) -> list[UpdateSample]:
     """All completions with their advantages, relative to whole groups however the update splits
-    them."""
+    them; one without a reward is masked, and its group goes without it."""
     scored = [one for group in scored_PG for one in group]
+    totals = [one.reward.total for one in scored]
     advantages_S = kernels.group_advantages(
-        torch.tensor([one.reward.total for one in scored]),
+        torch.tensor([math.nan if total is None else total for total in totals]),
         group_size=config.rollout.group_size,
         scale=config.loss_spec.advantage_scale,
         ddof=config.loss_spec.advantage_ddof,
@@ -139,6 +144,7 @@ def with_advantages(
             token_ids=one.completion.token_ids,
             sampler_logprobs=one.completion.logprobs,
             advantage=advantage,
+            masked=one.reward.total is None,
         )
         for one, advantage in zip(scored, advantages_S.tolist(), strict=True)
     ]
@@ -212,7 +218,7 @@ def run_to_the_end(config: TrainConfig) -> None:
                 return
         else:
             run = start_run(config, world, store, checkpoint)
-            with run.stop, run.log:
+            with run.stop, run.log, run.prompter.scorer:
                 train(run)
             checkpoint = store.path(run.completed)
         summary = from_main_rank(world, lambda: finish_run_folder(folder, checkpoint))

@@ -101,6 +101,11 @@ def format_reward(completion: str, template: Template) -> float:
     return 1.0 if answer is not None and not _is_blank(answer) and encloses_all else 0.0
 
 
+def thought(completion: str, template: Template) -> str:
+    """The first turn up to </think>; all of it where no thought is closed."""
+    return _first_turn(completion, template).partition(THINK_CLOSE)[0]
+
+
 def _first_turn(completion: str, template: Template) -> str:
     cuts = [at for mark in template.turn_marks if (at := completion.find(mark)) >= 0]
     return completion[: min(cuts)] if cuts else completion

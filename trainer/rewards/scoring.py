@@ -1,88 +1,321 @@
-"""From completions to rewards: accuracy plus format, as in DeepSeek-R1-Zero.
+"""From completions to rewards: named parts, each with its weight, and their sum.
 
-Source: DeepSeek-R1, arXiv 2501.12948, section 2.2: Reward_rule = Reward_acc + Reward_format. A
-completion that ran into the length limit gets accuracy 0, as in Dr. GRPO (arXiv 2503.20783).
+| part | value | source |
+|---|---|---|
+| accuracy | 1 for a right answer, else 0; what the problem's verifier says, if it has one | R1 |
+| format | 1 for a completion in the template's format, else 0 | R1 |
+| language | share of the thought's words that are in the target language | R1 |
+| overlong | 0 to -1 over the last tokens before the longest completion | DAPO |
+| length | by length and correctness: cosine, or linear within the group | Yeo et al., Kimi k1.5 |
+| repetition | minus the share of repeated n-grams of tokens | Yeo et al. |
+| user's functions | what they return; None leaves a completion out | TRL |
+
+A part whose weight is 0 is not computed, except accuracy and format, which every run logs.
+
+Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 and eq. 8: rewards are added. Of a completion
+that ran into the length limit no part is above 0, as in Dr. GRPO (arXiv 2503.20783); or it has no
+reward at all and is left out of the loss, as in DAPO's overlong filtering (arXiv 2503.14476).
+
+Shapes: P prompts, G completions per prompt.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
-from trainer.rewards.extraction import extract_answer, format_reward
+import numpy as np
+
+from trainer.config import RewardOptions, UsageError
+from trainer.rewards.extraction import extract_answer, format_reward, thought
+from trainer.rewards.language import SCRIPTS, language_consistency
 from trainer.rewards.matching import answers_match
+from trainer.rewards.math_grader import GRADE_STATUSES, MathGrader
+from trainer.rewards.penalties import (
+    cosine_length_reward,
+    linear_length_rewards,
+    overlong_penalty,
+    repetition_penalty,
+)
+from trainer.rewards.user_reward import UserReward, load_user_rewards
 from trainer.templates import Template
 
 if TYPE_CHECKING:
     from trainer.tasks import Problem
+
+PARTS = ("accuracy", "format", "language", "overlong", "length", "repetition")
+"""The parts that are no user's."""
+STATUSES = (*GRADE_STATUSES, "no_answer", "truncated")
+"""How a completion's grade came about: one of MathGrader's, or there was nothing to grade."""
+
+Parts = dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """A completion of a problem, as rewards see it."""
+
+    problem: Problem
+    prompt: str
+    """The text the completion was sampled after."""
+    text: str
+    """The completion."""
+    token_ids: np.ndarray
+    """int64 `[n]`, the completion."""
+    truncated: bool
+    """Cut at the length limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """What one completion earned, part by part."""
 
-    total: float
-    """accuracy_weight * accuracy + format_weight * format; advantages are computed from it."""
-    accuracy: float
-    """1.0 when the extracted answer equals the gold, else 0.0."""
-    format: float
-    """1.0 when the completion keeps to the template's format, else 0.0."""
+    total: float | None
+    """Sum of the parts times their weights; None: the completion is left out of the loss."""
+    parts: Parts
+    """Value of each part by name, without its weight; None: left out of this part."""
     extracted: str | None
     """The answer that was graded; None when there is none or the completion was cut off."""
     correct: bool
-    """The accuracy as a flag."""
+    """Whether the answer is right."""
+    status: str
+    """One of STATUSES."""
 
 
-def accuracy_reward(gold: str, completion: str, template: Template) -> float:
-    """1.0 when the completion's final answer equals `gold`, else 0.0."""
-    answer = extract_answer(completion, template)
-    return 1.0 if answer is not None and answers_match(gold, answer) else 0.0
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """An attempt after all parts but the user's."""
+
+    parts: Parts
+    extracted: str | None
+    correct: bool
+    status: str
 
 
-def score(
-    completions: Sequence[str],
-    problems: Sequence[Problem],
-    template: Template,
-    *,
-    accuracy_weight: float = 1.0,
-    format_weight: float = 1.0,
-    truncated: Sequence[bool],
-) -> list[Reward]:
-    """Rewards of completions, in order.
-
-    Args:
-        completions: text without the prompt, one per sample.
-        problems: the problem of each completion (the same one repeated within a group).
-        template: where the answer is read from and which format is asked for.
-        accuracy_weight, format_weight: of the two parts in `Reward.total`; finite.
-        truncated: per completion, whether it hit the length limit; such a one has no answer.
+def check_rewards(options: RewardOptions) -> list[UserReward]:
+    """The user's functions, imported, once all that the options name is known to be there.
 
     Raises:
-        ValueError: the three sequences differ in length, or a weight is not finite.
+        UsageError: a user's function, a target language or a detector that cannot be used.
     """
-    if not len(completions) == len(problems) == len(truncated):
-        raise ValueError(
-            f"problems, truncated: expected one per completion ({len(completions)}), "
-            f"got {len(problems)} and {len(truncated)}"
+    if options.target_language not in SCRIPTS:
+        raise UsageError(
+            f"--target-language: expected one of {', '.join(sorted(SCRIPTS))}, "
+            f"got {options.target_language!r}"
         )
-    for name, weight in (("accuracy_weight", accuracy_weight), ("format_weight", format_weight)):
-        if not math.isfinite(weight):
-            raise ValueError(f"{name}: expected a finite number, got {weight}")
-    rewards = []
-    for completion, problem, cut_off in zip(completions, problems, truncated, strict=True):
-        extracted = None if cut_off else extract_answer(completion, template)
-        golds = [problem.answer] if isinstance(problem.answer, str) else problem.answer
-        correct = extracted is not None and any(answers_match(gold, extracted) for gold in golds)
-        accuracy, formatted = float(correct), format_reward(completion, template)
-        rewards.append(
-            Reward(
-                total=accuracy_weight * accuracy + format_weight * formatted,
-                accuracy=accuracy,
-                format=formatted,
-                extracted=extracted,
-                correct=correct,
+    if options.language_weight and options.language_detector == "py3langid":
+        try:
+            language_consistency("", detector="py3langid")
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--language-{error}") from error
+    return load_user_rewards(options.reward, PARTS)
+
+
+GradedGroup = list[Graded]
+
+
+class Scorer:
+    """Computes the rewards of a run; a context manager that ends its worker processes.
+
+    Args:
+        options: which rewards, with which weights.
+        template: where the answer is read from and which format is asked for.
+        max_new_tokens: longest completion.
+
+    Raises:
+        UsageError: as `check_rewards`.
+    """
+
+    def __init__(self, options: RewardOptions, template: Template, *, max_new_tokens: int) -> None:
+        self.options, self.template, self.max_new_tokens = options, template, max_new_tokens
+        self.user_rewards = check_rewards(options)
+        self.weights = {name: getattr(options, f"{name}_weight") for name in PARTS}
+        self.weights |= {reward.name: reward.weight for reward in self.user_rewards}
+        self._math = None
+        if options.grader != "exact":
+            self._math = MathGrader(
+                workers=options.grader_workers,
+                timeout_seconds=options.grader_timeout,
+                mode=options.grader,
             )
+        self._threads = ThreadPoolExecutor(options.grader_workers, thread_name_prefix="scoring")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends threads and worker processes; nothing is scored any more."""
+        self._threads.shutdown(cancel_futures=True)
+        if self._math is not None:
+            self._math.close()
+
+    def score(self, attempts_PG: Sequence[Sequence[Attempt]]) -> list[list[Reward]]:
+        """Rewards of the completions of each problem, `[P][G]`.
+
+        Raises:
+            UsageError: a user's function returned something else than numbers.
+        """
+        return self._with_user_rewards(attempts_PG, self._grade(attempts_PG))
+
+    def start(self, attempts_G: Sequence[Attempt]) -> Future[GradedGroup]:
+        """Grades one group in the background, to be given to `finish`."""
+        return self._threads.submit(lambda: self._grade([attempts_G])[0])
+
+    def finish(
+        self,
+        attempts_PG: Sequence[Sequence[Attempt]],
+        started: dict[int, Future[GradedGroup]],
+    ) -> list[list[Reward]]:
+        """As `score`; the groups at the places that are keys of `started` are being graded already.
+
+        Raises:
+            UsageError: as `score`.
+        """
+        rest = [place for place in range(len(attempts_PG)) if place not in started]
+        graded = dict(zip(rest, self._grade([attempts_PG[place] for place in rest]), strict=True))
+        graded |= {place: future.result() for place, future in started.items()}
+        return self._with_user_rewards(
+            attempts_PG, [graded[place] for place in range(len(attempts_PG))]
         )
-    return rewards
+
+    def _grade(self, attempts_PG: Sequence[Sequence[Attempt]]) -> list[list[Graded]]:
+        outcomes = iter(self._accuracies([one for group in attempts_PG for one in group]))
+        graded_PG = []
+        for attempts_G in attempts_PG:
+            outcomes_G = [next(outcomes) for _ in attempts_G]
+            lengths_G = self._length_rewards(attempts_G, [each.correct for each in outcomes_G])
+            graded_PG.append(
+                [
+                    self._graded(attempt, outcome, length)
+                    for attempt, outcome, length in zip(
+                        attempts_G, outcomes_G, lengths_G, strict=True
+                    )
+                ]
+            )
+        return graded_PG
+
+    def _accuracies(self, attempts: Sequence[Attempt]) -> list[Graded]:
+        """Extraction and grade of each attempt, with accuracy as its only part."""
+        answers = [
+            None if attempt.truncated else extract_answer(attempt.text, self.template)
+            for attempt in attempts
+        ]
+        graded: list[Graded] = []
+        compared: list[int] = []
+        for attempt, answer in zip(attempts, answers, strict=True):
+            value, status = 0.0, "ok"
+            if answer is None:
+                status = "truncated" if attempt.truncated else "no_answer"
+            elif attempt.problem.verifier is not None:
+                value = min(max(attempt.problem.verifier(answer), 0.0), 1.0)
+            else:
+                compared.append(len(graded))
+            graded.append(Graded({"accuracy": value}, answer, value == 1.0, status))
+        pairs = [(attempts[at].problem.answer, answers[at]) for at in compared]
+        for at, (correct, status) in zip(compared, self._compare(pairs), strict=True):
+            graded[at] = Graded({"accuracy": float(correct)}, answers[at], correct, status)
+        return graded
+
+    def answers_agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the two answers of each pair are equal, the first taken as the gold."""
+        return [correct for correct, _ in self._compare(pairs)]
+
+    def _compare(
+        self, pairs: Sequence[tuple[str | list[str], str | None]]
+    ) -> list[tuple[bool, str]]:
+        """Whether each answer equals its gold, or one of its golds, and the status of the grade."""
+        if self._math is not None:
+            return [(grade.correct, grade.status) for grade in self._math.grade(pairs)]
+        return [
+            (
+                answer is not None and any(answers_match(one, answer) for one in _as_list(golds)),
+                "ok",
+            )
+            for golds, answer in pairs
+        ]
+
+    def _length_rewards(
+        self, attempts_G: Sequence[Attempt], correct_G: Sequence[bool]
+    ) -> Sequence[float | None]:
+        lengths_G = [len(attempt.token_ids) for attempt in attempts_G]
+        if not self.weights["length"]:
+            return [None] * len(lengths_G)
+        if self.options.length_reward == "linear":
+            return linear_length_rewards(lengths_G, correct_G)
+        return [
+            cosine_length_reward(length, max_length=self.max_new_tokens, correct=correct)
+            for length, correct in zip(lengths_G, correct_G, strict=True)
+        ]
+
+    def _graded(self, attempt: Attempt, outcome: Graded, length: float | None) -> Graded:
+        parts, options = dict(outcome.parts), self.options
+        parts["format"] = format_reward(attempt.text, self.template)
+        if self.weights["language"]:
+            parts["language"] = language_consistency(
+                thought(attempt.text, self.template),
+                options.target_language,
+                detector=options.language_detector,
+            )
+        if self.weights["overlong"]:
+            parts["overlong"] = overlong_penalty(
+                len(attempt.token_ids),
+                max_length=self.max_new_tokens,
+                buffer=options.overlong_tokens(self.max_new_tokens),
+            )
+        if self.weights["length"]:
+            parts["length"] = length
+        if self.weights["repetition"]:
+            parts["repetition"] = repetition_penalty(
+                attempt.token_ids.tolist(), ngram=options.repetition_ngram
+            )
+        return Graded(parts, outcome.extracted, outcome.correct, outcome.status)
+
+    def _with_user_rewards(
+        self, attempts_PG: Sequence[Sequence[Attempt]], graded_PG: Sequence[Sequence[Graded]]
+    ) -> list[list[Reward]]:
+        attempts = [one for group in attempts_PG for one in group]
+        of_user = {reward.name: iter(reward(attempts)) for reward in self.user_rewards}
+        return [
+            [
+                self._reward(
+                    attempt, graded, {name: next(values) for name, values in of_user.items()}
+                )
+                for attempt, graded in zip(attempts_G, graded_G, strict=True)
+            ]
+            for attempts_G, graded_G in zip(attempts_PG, graded_PG, strict=True)
+        ]
+
+    def _reward(self, attempt: Attempt, graded: Graded, of_user: Parts) -> Reward:
+        parts = graded.parts | of_user
+        total: float | None = None
+        if attempt.truncated and self.options.truncated == "zero":
+            parts = {
+                name: None if value is None else min(value, 0.0) for name, value in parts.items()
+            }
+        if not attempt.truncated or self.options.truncated == "zero":
+            weighted = [
+                self.weights[name] * value for name, value in parts.items() if value is not None
+            ]
+            total = sum(weighted) if weighted else None
+        return Reward(
+            total=total,
+            parts=parts,
+            extracted=graded.extracted,
+            correct=graded.correct,
+            status=graded.status,
+        )
+
+
+def _as_list(golds: str | list[str]) -> list[str]:
+    return [golds] if isinstance(golds, str) else golds

@@ -4,7 +4,7 @@ Token ids, never text, cross from here to the update, together with the sampler'
 log-probabilities.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,7 +20,7 @@ class Completion:
     """int64 `[n]`, the token that ended it included."""
     logprobs: np.ndarray
     """float32 `[n]`: log-probability of each token under the sampler, at the sampling
-    temperature."""
+    temperature and within the nucleus."""
     finish_reason: Literal["stop", "length"]
     """Ended by itself (end token or stop string), or cut at the budget."""
 
@@ -38,6 +38,8 @@ class Sampler(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Samples `keys_PG.shape[1]` completions of each prompt.
 
@@ -46,4 +48,8 @@ class Sampler(Protocol):
             keys_PG: uint64, the random stream of each completion (`trainer.seeds`).
             max_new_tokens: longest completion.
             temperature: 0 takes the most likely token, with its log-probability at temperature 1.
+            top_p: samples from the nucleus, the fewest most likely tokens whose probabilities reach
+                this; above 0. Train with 1: otherwise the log-probabilities are not the policy's.
+            on_group: called with the place of a prompt and its completions when they are complete
+                while others are still being sampled; for the last ones there is no need to.
         """

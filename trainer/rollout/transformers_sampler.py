@@ -10,13 +10,13 @@ decoded, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainer.config import UsageError
@@ -137,7 +137,7 @@ class TransformersSampler:
         self.stop_strings = tuple(
             stop for stop in template.stop if len(_encode(tokenizer, stop)) != 1
         )
-        end_ids = end_token_ids(model, tokenizer, template)
+        end_ids = end_token_ids(model.generation_config, tokenizer, template)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         self.ends_V = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.ends_V[sorted(end_ids)] = True
@@ -156,6 +156,8 @@ class TransformersSampler:
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Samples `keys_PG.shape[1]` completions of each prompt; see `trainer.rollout.Sampler`.
 
@@ -168,25 +170,26 @@ class TransformersSampler:
         completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(prompts), prompts_per_batch):
             chosen = by_length[start : start + prompts_per_batch]
-            state = self._decode(
-                [prompts[index] for index in chosen], keys_PG[chosen], max_new_tokens, temperature
+            logits_BV, state = self._prefill(
+                [prompts[index] for index in chosen], keys_PG[chosen], max_new_tokens
             )
+            self._decode(logits_BV, state, temperature, top_p)
             rows = _completions(state)
+            is_last = start + prompts_per_batch >= len(prompts)
             for place, index in enumerate(chosen):
                 completions[index] = rows[place * group_size : (place + 1) * group_size]
+                if on_group is not None and not is_last:
+                    on_group(index, completions[index])
         return completions
 
     def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys_PG: np.ndarray,
-        max_new_tokens: int,
-        temperature: float,
-    ) -> _DecodeState:
-        logits_BV, state = self._prefill(prompts, keys_PG, max_new_tokens)
+        self, logits_BV: Tensor, state: _DecodeState, temperature: float, top_p: float
+    ) -> None:
+        """Goes on from the logits after the prompts until every row is done, or the budget is."""
+        max_new_tokens = state.token_ids_RT.shape[1]
         for position in range(max_new_tokens):
             draws_B = torch.from_numpy(uniforms(state.keys_B, position)).to(self.device)
-            token_ids_B, logprobs_B = sample_tokens(logits_BV, draws_B, temperature)
+            token_ids_B, logprobs_B = sample_tokens(logits_BV, draws_B, temperature, top_p)
             state.token_ids_RT[state.rows_B, position] = token_ids_B
             state.logprobs_RT[state.rows_B, position] = logprobs_B
             ended_B = self._ended(state, token_ids_B, position) & ~state.done_B
@@ -201,7 +204,6 @@ class TransformersSampler:
                 token_ids_B = token_ids_B[~state.done_B]
                 state.drop_done_rows()
             logits_BV = self._forward_one(token_ids_B, state)
-        return state
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], keys_PG: np.ndarray, max_new_tokens: int
@@ -283,11 +285,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def end_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template
+    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> set[int]:
     """Tokens that end a completion: end tokens of model and tokenizer, one-token turn marks and
     stop strings."""
-    of_model = model.generation_config.eos_token_id
+    of_model = generation.eos_token_id
     ends = {of_model} if isinstance(of_model, int) else set(of_model or ())
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
@@ -297,18 +299,24 @@ def end_token_ids(
     return ends
 
 
-def sample_tokens(logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits_BV: Tensor, draws_B: Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse of the cumulative distribution.
 
     Args:
         logits_BV: any float type.
         draws_B: float64 in [0, 1).
         temperature: 0 takes the most likely token.
+        top_p: leaves the tokens outside the nucleus (`nucleus`) out, unless the temperature is 0.
 
     Returns: token ids int64 `[B]`, and their log-probabilities float32 `[B]` at the temperature (at
-    1 for 0).
+    1 for 0), within the nucleus.
     """
     logprobs_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    if top_p < 1 and temperature > 0:
+        outside_BV = ~nucleus(logprobs_BV, top_p)
+        logprobs_BV = logprobs_BV.masked_fill_(outside_BV, -torch.inf).log_softmax(dim=-1)
     if temperature == 0:
         token_ids_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
     else:
@@ -323,6 +331,20 @@ def sample_tokens(logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tup
         # Past the end for a row of nan, which its log-probability then shows.
         token_ids_B1 = token_ids_B1.clamp(max=logits_BV.shape[-1] - 1)
     return token_ids_B1.squeeze(1), logprobs_BV.gather(1, token_ids_B1).squeeze(1)
+
+
+def nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:
+    """Which tokens are in the nucleus, bool `[B, V]`: the fewest most likely ones whose
+    probabilities reach `top_p` together, of equals those with lower ids, and at least one.
+
+    Source: Holtzman et al. 2020, arXiv 1904.09751, section 3.1.
+    """
+    sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+    probabilities_BV = sorted_BV.exp_()
+    before_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64) - probabilities_BV
+    kept_BV = before_BV < top_p
+    kept_BV[:, 0] = True
+    return torch.zeros_like(kept_BV).scatter_(1, order_BV, kept_BV)
 
 
 def _completions(state: _DecodeState) -> list[Completion]:

@@ -1,0 +1,235 @@
+"""From hidden states and the weight of the LM head to gradients by both: logits are never ready.
+
+The ceiling is three bare matrix products on buffers that exist already, logits included: hidden @
+weight.T, gradient @ weight, gradient.T @ hidden. A CPU without bfloat16 products computes them
+orders of magnitude slower than in float32, so the float32 ones are a ceiling there too, and
+implementations that multiply in bfloat16 are left out of the large case.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import pytest
+import torch
+from harness import (
+    CHECKED_TOKENS,
+    DEVICE,
+    DTYPES,
+    VOCABULARIES,
+    Case,
+    Compete,
+    Factory,
+    Implementation,
+    Unavailable,
+    our_backends,
+    seconds_of,
+    shape_params,
+)
+from rivals import (
+    UPCAST,
+    liger_linear_policy_loss,
+    plain_rivals,
+    torch_linear_cross_entropy,
+    trl_linear_policy_loss,
+    trl_linear_token_logprobs,
+)
+from torch import Tensor
+from torch.nn import functional
+
+import kernels
+from kernels import LossSpec
+from kernels.testing import (
+    GRPO_K3,
+    GrpoHidden,
+    eager_logprobs,
+    eager_policy_loss,
+    grpo_hidden_batch,
+)
+
+# Tokens, model width, vocabulary.
+CHECKED = [(CHECKED_TOKENS, 64, width) for width in VOCABULARIES]
+if DEVICE == "cpu":
+    # The small one is there for products in bfloat16.
+    SMALL, CLAIMED, OTHERS = (64, 576, 49152), (4096, 576, 49152), (1024, 576, 49152)
+    FULL = [(1024, 896, 151936), (1024, 640, 262144)]
+else:
+    SMALL, CLAIMED, OTHERS = (1024, 4096, 151936), (8192, 4096, 151936), (8192, 4096, 151936)
+    FULL = [(8192, 4096, width) for width in (32000, 49152, 129920, 262144)]
+MEAN_NLL = LossSpec(surrogate="reinforce", aggregation="token_mean")
+
+
+@cache
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether products of the dtype are so slow here that the hardware cannot have them."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        operand = torch.ones(256, 256, dtype=dtype, device=DEVICE)
+        return min(seconds_of(lambda: operand @ operand) for _ in range(3))
+
+    return dtype != torch.float32 and seconds(dtype) > 2 * seconds(torch.float32)
+
+
+def bare_products(hidden_ND: Tensor, weight_VD: Tensor, logits_NV: Tensor) -> None:
+    """The three products, gradients included, into `logits_NV` and buffers of their own."""
+    torch.mm(hidden_ND, weight_VD.t(), out=logits_NV)
+    torch.mm(logits_NV, weight_VD)
+    torch.mm(logits_NV.t(), hidden_ND)
+
+
+def linear_case(
+    op: str,
+    batch: GrpoHidden,
+    plain: Implementation,
+    output: str = "loss",
+    upstream: Tensor | None = None,
+) -> Case:
+    """A case whose implementations take hidden states and weight and return one output."""
+    hidden_ND, weight_VD = batch.hidden_ND, batch.weight_VD
+    (num_tokens, model_width), width = hidden_ND.shape, len(weight_VD)
+    flop = 6.0 * num_tokens * model_width * width
+    ceilings: dict[str, Callable[[], object]] = {}
+    dtypes = {hidden_ND.dtype}
+    if emulates(hidden_ND.dtype):
+        dtypes = {torch.float32} if num_tokens > SMALL[0] else {hidden_ND.dtype, torch.float32}
+    for dtype in dtypes:
+        operands = hidden_ND.to(dtype), weight_VD.to(dtype)
+        logits_NV = hidden_ND.new_empty(num_tokens, width, dtype=dtype)
+        name = f"3 products, {str(dtype).removeprefix('torch.')}"
+        ceilings[name] = partial(bare_products, *operands, logits_NV)
+    return Case(
+        op=op,
+        dtype=hidden_ND.dtype,
+        shape=(num_tokens, model_width, width),
+        inputs={"hidden": hidden_ND, "weight": weight_VD},
+        outputs=(output,),
+        upstream=(torch.ones((), device=DEVICE) if upstream is None else upstream,),
+        plain=plain,
+        work=flop,
+        ceilings=ceilings,
+        ceiling_work=flop,
+        unit="TFLOP/s",
+    )
+
+
+def with_backends(
+    case: Case, rivals: dict[str, Factory], make: Callable[..., Implementation]
+) -> dict[str, Factory]:
+    """Everyone who can take part in a case."""
+
+    def too_slow() -> Implementation:
+        raise Unavailable("products in bfloat16, which this CPU lacks: in the small case only")
+
+    factories = plain_rivals(case.plain, case.dtype) | rivals
+    if emulates(case.dtype) and case.shape[0] > SMALL[0]:
+        factories = dict.fromkeys(factories, too_slow) | {UPCAST: factories[UPCAST]}
+    return factories | our_backends(make, case.shape[0], inplace=False)
+
+
+def ours(batch: GrpoHidden, spec: LossSpec, *, backend: str, inplace: bool) -> Implementation:
+    def implementation(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
+        out = kernels.linear_policy_loss(
+            hidden_ND,
+            weight_VD,
+            batch.token_ids_N,
+            batch.old_logprobs_N,
+            spec=spec,
+            rewards=batch.rewards_S,
+            group_size=batch.group_size,
+            cu_seqlens=batch.cu_seqlens,
+            ref_logprobs=batch.ref_logprobs_N,
+            backend=backend,
+        )
+        return (out.loss,)
+
+    return implementation
+
+
+def our_nll(batch: GrpoHidden, *, backend: str, inplace: bool) -> Implementation:
+    """The mean NLL is the REINFORCE loss of advantages of 1."""
+    ones_N = torch.ones_like(batch.old_logprobs_N)
+
+    def implementation(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
+        out = kernels.linear_policy_loss(
+            hidden_ND,
+            weight_VD,
+            batch.token_ids_N,
+            None,
+            spec=MEAN_NLL,
+            advantages=ones_N,
+            backend=backend,
+        )
+        return (out.loss,)
+
+    return implementation
+
+
+def our_logprobs(batch: GrpoHidden, *, backend: str, inplace: bool) -> Implementation:
+    return lambda hidden_ND, weight_VD: (
+        kernels.linear_token_logprobs(
+            hidden_ND, weight_VD, batch.token_ids_N, backend=backend
+        ).logprobs,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", shape_params(CHECKED, [SMALL, CLAIMED], FULL))
+def bench_linear_policy_loss(
+    contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
+    case = linear_case(
+        "linear_policy_loss grpo + k3",
+        batch,
+        lambda hidden_ND, weight_VD: (eager_policy_loss(hidden_ND @ weight_VD.t(), batch),),
+    )
+    rivals: dict[str, Factory] = {
+        "trl": partial(trl_linear_policy_loss, batch, GRPO_K3),
+        "liger": partial(liger_linear_policy_loss, batch, GRPO_K3),
+    }
+    contest(case, with_backends(case, rivals, partial(ours, batch, GRPO_K3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", shape_params([], [SMALL, OTHERS], FULL))
+def bench_linear_mean_nll(
+    contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
+    case = linear_case(
+        "linear_policy_loss mean NLL",
+        batch,
+        lambda hidden_ND, weight_VD: (
+            functional.cross_entropy(hidden_ND @ weight_VD.t(), batch.token_ids_N),
+        ),
+    )
+    rivals: dict[str, Factory] = {
+        "linear_cross_entropy": partial(torch_linear_cross_entropy, batch.token_ids_N, "mean")
+    }
+    contest(case, with_backends(case, rivals, partial(our_nll, batch)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", shape_params(CHECKED, [SMALL, OTHERS], FULL))
+def bench_linear_token_logprobs(
+    contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
+    ids_N, num_tokens = batch.token_ids_N, shape[0]
+    upstream_N = torch.randn(num_tokens, generator=torch.Generator().manual_seed(1)) / num_tokens
+
+    def negated_nll() -> Implementation:
+        nll_of = torch_linear_cross_entropy(ids_N, "none")
+        return lambda hidden_ND, weight_VD: (-nll_of(hidden_ND, weight_VD)[0],)
+
+    case = linear_case(
+        "linear_token_logprobs, backward",
+        batch,
+        lambda hidden_ND, weight_VD: (eager_logprobs(hidden_ND @ weight_VD.t(), ids_N),),
+        "logprobs",
+        upstream_N.to(DEVICE),
+    )
+    rivals: dict[str, Factory] = {
+        "trl": partial(trl_linear_token_logprobs, ids_N),
+        "linear_cross_entropy": negated_nll,
+    }
+    contest(case, with_backends(case, rivals, partial(our_logprobs, batch)))

@@ -1,0 +1,269 @@
+"""Results as rows, JSON and Markdown, and what changed between two records."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from harness import BACKENDS, PLAIN, Case, Result
+
+SPEED_LEGEND = (
+    "Rounds of all implementations of a case take turns; medians. The ceiling is a plain copy of "
+    "the logits, or the bare matrix products, timed in the same rounds. Error: relative to "
+    "float64, of the gradient where there is one. Extra MB: most memory held beyond the inputs, "
+    "gradients included."
+)
+ERROR_LEGEND = (
+    "|got - float64| / |float64| in the Euclidean norm, on the same inputs. In brackets: the "
+    "largest share of plain PyTorch's error on any one shape."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One implementation of one case."""
+
+    case: str
+    """Op, dtype and shape; rows of one case are compared."""
+    op: str
+    dtype: str
+    implementation: str
+    is_ceiling: bool
+    rounds: int
+    """0: checked, not timed."""
+    seconds: float
+    """Median of the rounds."""
+    p20: float
+    p80: float
+    work: float
+    """Bytes or FLOP that no implementation can avoid."""
+    unit: str
+    """"GB/s" or "TFLOP/s"."""
+    errors: dict[str, float]
+    """Relative to float64, of each output and gradient."""
+    peak_bytes: int | None
+
+    @classmethod
+    def of(cls, case: Case, name: str, result: Result) -> "Row":
+        """Sums up what a contest measured."""
+        times = sorted(result.seconds)
+        last = max(0, len(times) - 1)
+        is_ceiling = name in case.ceilings
+        return cls(
+            case=str(case),
+            op=case.op,
+            dtype=str(case.dtype).removeprefix("torch."),
+            implementation=name,
+            is_ceiling=is_ceiling,
+            rounds=len(times),
+            seconds=statistics.median(times) if times else 0.0,
+            p20=times[round(last * 0.2)] if times else 0.0,
+            p80=times[round(last * 0.8)] if times else 0.0,
+            work=case.ceiling_work if is_ceiling else case.work,
+            unit=case.unit,
+            errors=result.errors,
+            peak_bytes=result.peak_bytes,
+        )
+
+    @property
+    def rate(self) -> float:
+        """Work a second, in `unit`."""
+        return self.work / self.seconds / (1e9 if self.unit == "GB/s" else 1e12)
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """All that one run measured."""
+
+    machine: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    """Cases that an implementation took no part in, by name and reason."""
+
+    def cases(self) -> dict[str, dict[str, Row]]:
+        """Rows by case and implementation."""
+        grouped: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.case, {})[row.implementation] = row
+        return grouped
+
+
+def save(record: Record, stem: Path) -> None:
+    """Writes STEM.json, one row a line, and STEM.md."""
+    rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in record.rows)
+    head = json.dumps({"machine": record.machine, "missing": record.missing}, indent=1)
+    stem.with_suffix(".json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    stem.with_suffix(".md").write_text(markdown(record) + "\n")
+
+
+def load(path: Path) -> Record:
+    """Reads what `save` wrote."""
+    stored = json.loads(path.read_text())
+    rows = [Row(**row) for row in stored["rows"]]
+    return Record(machine=stored["machine"], missing=stored["missing"], rows=rows)
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def relative_speed(rows: dict[str, Row], row: Row, baseline: str) -> str:
+    """How many times faster a row is than the baseline of its case."""
+    base = rows.get(baseline)
+    return f"{base.seconds / row.seconds:.1f}" if base and base.rounds else ""
+
+
+def fastest_ceiling(rows: dict[str, Row]) -> Row:
+    """The bare copy or products that bound a case."""
+    return max((row for row in rows.values() if row.is_ceiling), key=lambda row: row.rate)
+
+
+def gradient_error(row: Row) -> float:
+    """Largest error of a gradient, or of an output where there is no gradient."""
+    gradients = [error for name, error in row.errors.items() if name.startswith("grad ")]
+    return max(gradients or row.errors.values(), default=math.nan)
+
+
+def speed_table(record: Record) -> str:
+    """Every implementation that was timed."""
+    lines = []
+    for case, rows in record.cases().items():
+        for row in rows.values():
+            if not row.rounds:
+                continue
+            ceiling = fastest_ceiling(rows)
+            lines.append(
+                [
+                    case,
+                    row.implementation,
+                    f"{row.seconds * 1e3:.1f} ({row.p20 * 1e3:.1f}-{row.p80 * 1e3:.1f})",
+                    relative_speed(rows, row, PLAIN),
+                    relative_speed(rows, row, "compile"),
+                    f"{row.seconds / ceiling.seconds:.2f}",
+                    f"{row.rate:.3g} {row.unit}",
+                    f"{row.rate / ceiling.rate:.0%}",
+                    f"{gradient_error(row):.1e}" if row.errors else "",
+                    ""
+                    if row.is_ceiling or row.peak_bytes is None
+                    else f"{row.peak_bytes / 1e6:.0f}",
+                ]
+            )
+    header = "case|implementation|ms (p20-p80)|x eager|x compile|/ ceiling|rate|of ceiling|error"
+    return table([*header.split("|"), "extra MB"], lines)
+
+
+def errors_of(rows: dict[str, Row], result: str) -> dict[str, float]:
+    """Error of one result by backend (in place or not) and of plain PyTorch, where known."""
+    found: dict[str, float] = {}
+    for row in rows.values():
+        name = row.implementation.removesuffix(", in place")
+        if name in (PLAIN, *BACKENDS) and row.errors:
+            found[name] = max(found.get(name, 0.0), row.errors[result])
+    return found
+
+
+def error_lines(record: Record) -> list[tuple[Row, str, dict[str, float]]]:
+    """A row of each case, the name of a result, and its errors, where plain PyTorch ran."""
+    return [
+        (rows[PLAIN], result, errors_of(rows, result))
+        for rows in record.cases().values()
+        if PLAIN in rows
+        for result in rows[PLAIN].errors
+    ]
+
+
+def error_table(record: Record) -> str:
+    """Every error of ours beside plain PyTorch's; bold where ours is larger."""
+    lines = []
+    for row, result, errors in error_lines(record):
+        bound = errors[PLAIN]
+        marked = [
+            f"**{errors[name]:.2e}**"
+            if errors[name] > bound
+            else f"{errors[name]:.2e}"
+            if name in errors
+            else ""
+            for name in BACKENDS
+        ]
+        lines.append([row.case, result, f"{bound:.2e}", *marked])
+    return table(["case", "result", PLAIN, *BACKENDS], lines)
+
+
+def error_summary(record: Record) -> str:
+    """Largest error over the shapes; in brackets the largest share of plain PyTorch's error."""
+    grouped: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for row, result, errors in error_lines(record):
+        grouped.setdefault((row.op, row.dtype, result), []).append(errors)
+    lines = []
+    for (op, dtype, result), shapes in grouped.items():
+        cells = [op, dtype, result, f"{max(errors[PLAIN] for errors in shapes):.1e}"]
+        for name in BACKENDS:
+            known = [errors for errors in shapes if name in errors]
+            largest = max((errors[name] for errors in known), default=math.nan)
+            share = max((errors[name] / errors[PLAIN] for errors in known), default=math.nan)
+            cells.append(f"{largest:.1e} ({share:.2g})" if known else "")
+        lines.append(cells)
+    return table(["op", "dtype", "result", PLAIN, *BACKENDS], lines)
+
+
+def markdown(record: Record) -> str:
+    """The whole report."""
+    missing = [
+        f"- {reason} ({len(cases)} cases, among them {cases[0]})"
+        for reason, cases in record.missing.items()
+    ]
+    sections = [
+        ", ".join(f"{name} {value}" for name, value in record.machine.items()),
+        "## Speed and memory",
+        SPEED_LEGEND,
+        speed_table(record),
+        "## Error: largest over the shapes",
+        ERROR_LEGEND,
+        error_summary(record),
+        "## Error: every shape",
+        "Bold: larger than plain PyTorch's.",
+        error_table(record),
+        "## Not run",
+        "\n".join(missing) or "Nothing was left out.",
+    ]
+    return "\n\n".join(sections)
+
+
+def comparison(old: Record, new: Record) -> str:
+    """Rows whose ratios moved by a tenth or more, and rows that came or went.
+
+    Ratios only: time over the ceiling of the same run, error, and extra memory.
+    """
+    before, after = old.cases(), new.cases()
+    lines = []
+    for case, rows in after.items():
+        for name, row in rows.items():
+            past = before.get(case, {}).get(name)
+            if past is None:
+                lines.append([case, name, "new", "", "", ""])
+                continue
+            figures = {
+                "time / ceiling": (_over_ceiling(before[case], past), _over_ceiling(rows, row)),
+                "error": (gradient_error(past), gradient_error(row)),
+                "extra MB": ((past.peak_bytes or 0) / 1e6, (row.peak_bytes or 0) / 1e6),
+            }
+            for figure, (was, now) in figures.items():
+                if was > 0 and now > 0 and abs(math.log(now / was)) >= math.log(1.1):
+                    lines.append(
+                        [case, name, figure, f"{was:.3g}", f"{now:.3g}", f"{now / was:.2f}"]
+                    )
+    lines += [
+        [case, name, "gone", "", "", ""]
+        for case, rows in before.items()
+        for name in rows
+        if name not in after.get(case, {})
+    ]
+    return table(["case", "implementation", "figure", "old", "new", "new / old"], lines)
+
+
+def _over_ceiling(rows: dict[str, Row], row: Row) -> float:
+    return row.seconds / fastest_ceiling(rows).seconds if row.rounds else math.nan

@@ -1,0 +1,276 @@
+"""An LM head at work on chunks of tokens: its three matrix products and the rows between them.
+
+Logits [n, W] are float32 (float64 for float64 hidden states) from the product to the loss, and so
+is the sum over chunks that becomes the weight gradient. On a CPU all products are float32: a weight
+of lower precision is converted a block of rows at a time, since a whole copy would take as much
+memory as its gradient. On a GPU products take the operands as they are and sum in float32.
+
+Shapes: n tokens of a chunk, k of them with a gradient, D model width, W this rank's rows of the
+LM-head weight. Legend of the others: `reference.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.backends import load_backend
+from kernels.passes import finish_stats
+from kernels.sharding import VocabShard, merge_row_stats
+
+# Bytes of one chunk of logits. On a GPU some 4096 tokens are wanted, so that reading and writing
+# the float32 weight gradient hides behind the products (calculated, not measured).
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
+# Bytes of the weight that are converted at a time: enough rows for a fast product, few enough to
+# stay in the cache until it reads them.
+BLOCK_BYTES = 8 << 20
+# MKL multiplies fewer rows a thread than this by another kernel, with other roundings.
+MIN_ROWS_PER_THREAD = 4
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Autocast would round the logits, and mix dtypes in backward."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettings:
+    """How the products are taken and what follows the logits."""
+
+    inv_temperature: Tensor | float
+    softcap: float
+    vocab: VocabShard | None
+    backend: str
+    compute_dtype: torch.dtype
+    """Of the logits and of all sums."""
+    operand_dtype: torch.dtype
+    """Of what the products multiply."""
+
+    def of_tokens(self, rows: slice | Tensor) -> "HeadSettings":
+        """The settings of some of the tokens."""
+        if not isinstance(self.inv_temperature, Tensor):
+            return self
+        return replace(self, inv_temperature=self.inv_temperature[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens that go through the head together."""
+
+    tokens: slice
+    hidden_nD: Tensor
+    """In the operand dtype."""
+    token_ids_n: Tensor
+    settings: HeadSettings
+
+
+def default_chunk_tokens(num_tokens: int, weight_WD: Tensor, settings: HeadSettings) -> int:
+    """Tokens a chunk, so that its logits fit the byte budget of the device and chunks are even.
+
+    Collectives: with a vocabulary shard, all_reduce(max) of one integer. Shards may be uneven, and
+    their ranks have to cut the tokens alike.
+    """
+    width = len(weight_WD)
+    if settings.vocab is not None:
+        widest = torch.tensor(settings.vocab.width, device=weight_WD.device)
+        dist.all_reduce(widest, dist.ReduceOp.MAX, group=settings.vocab.group)
+        width = int(widest)
+    budget = CHUNK_BYTES.get(weight_WD.device.type, CHUNK_BYTES["cuda"])
+    most = max(1, budget // (settings.compute_dtype.itemsize * width))
+    return even_share(num_tokens, most)
+
+
+def even_share(total: int, most: int) -> int:
+    """The size of the fewest parts of `total` that are no larger than `most`."""
+    parts = max(1, -(-total // most))
+    return max(1, -(-total // parts))
+
+
+def weight_blocks(weight_WD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight in `dtype`; a block is valid until the next one."""
+    num_rows, depth = weight_WD.shape
+    if weight_WD.dtype == dtype:
+        yield slice(0, num_rows), weight_WD
+        return
+    size = min(num_rows, max(1, BLOCK_BYTES // (dtype.itemsize * depth)))
+    buffer_bD = weight_WD.new_empty(size, depth, dtype=dtype)
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        yield rows, buffer_bD[: rows.stop - start].copy_(weight_WD[rows])
+
+
+class Head:
+    """An LM head that takes chunks of at most `max_tokens` tokens.
+
+    Its tensors must not require grad.
+    """
+
+    def __init__(
+        self, weight_WD: Tensor, bias_W: Tensor | None, settings: HeadSettings, max_tokens: int
+    ) -> None:
+        width = len(weight_WD) if settings.vocab is None else settings.vocab.width
+        self.settings = settings
+        self.weight_WD = weight_WD[:width]
+        self.bias_W = None if bias_W is None else bias_W[:width]
+        self.low_precision = settings.operand_dtype != settings.compute_dtype
+        self.min_rows = 0
+        if self.low_precision:
+            self.weight_WD = self.weight_WD.to(settings.operand_dtype)
+            max_tokens = 0
+        elif weight_WD.device.type == "cpu" and max_tokens > 0:
+            self.min_rows = MIN_ROWS_PER_THREAD * torch.get_num_threads()
+        self.buffer_NW = weight_WD.new_empty(
+            max(max_tokens, self.min_rows), width, dtype=settings.compute_dtype
+        )
+
+    def chunk(self, hidden_ND: Tensor, token_ids_N: Tensor, tokens: slice) -> Chunk:
+        """Some of the tokens, ready for the products."""
+        return Chunk(
+            tokens=tokens,
+            hidden_nD=hidden_ND[tokens].to(self.settings.operand_dtype),
+            token_ids_n=token_ids_N[tokens],
+            settings=self.settings.of_tokens(tokens),
+        )
+
+    def logits(self, chunk: Chunk) -> Tensor:
+        """Logits [n, W] of a chunk, valid until the next call."""
+        hidden_nD = chunk.hidden_nD
+        if self.low_precision:
+            logits_nW = torch.mm(
+                hidden_nD, self.weight_WD.t(), out_dtype=self.settings.compute_dtype
+            )
+        else:
+            logits_nW = self._product(hidden_nD)
+        if self.bias_W is not None:
+            logits_nW += self.bias_W
+        return logits_nW
+
+    def _product(self, hidden_nD: Tensor) -> Tensor:
+        num_tokens = len(hidden_nD)
+        num_rows = max(num_tokens, self.min_rows)
+        if num_rows > num_tokens:
+            hidden_nD = torch.nn.functional.pad(hidden_nD, (0, 0, 0, num_rows - num_tokens))
+        for columns, block_bD in weight_blocks(self.weight_WD, hidden_nD.dtype):
+            torch.mm(hidden_nD, block_bD.t(), out=self.buffer_NW[:num_rows, columns])
+        return self.buffer_NW[:num_tokens]
+
+    def statistics(self, chunk: Chunk, logits_nW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log-prob, entropy, row maximum and log-sum of a chunk, merged over vocabulary shards."""
+        settings = chunk.settings
+        stats_4n = load_backend(settings.backend).row_stats(
+            logits_nW[None], chunk.token_ids_n, settings.inv_temperature, settings.softcap
+        )
+        return finish_stats(merge_row_stats(stats_4n, chunk.token_ids_n, settings.vocab))
+
+
+class Gradients:
+    """Gradients by hidden states, weight and bias; None where not wanted."""
+
+    def __init__(
+        self, head: Head, inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...]
+    ) -> None:
+        hidden_ND, weight_WD, bias_W = inputs
+        dtype = head.settings.compute_dtype
+        self.head = head
+        self.input_dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        self.hidden_ND, self.weight_WD, self.bias_W = None, None, None
+        if wanted[0]:
+            # The parts of vocabulary shards are summed once more, hence not rounded yet.
+            sharded = head.settings.vocab is not None
+            self.hidden_ND = hidden_ND.new_zeros(
+                hidden_ND.shape, dtype=dtype if sharded else hidden_ND.dtype
+            )
+        if wanted[1]:
+            self.weight_WD = weight_WD.new_zeros(weight_WD.shape, dtype=dtype)
+        if wanted[2] and bias_W is not None:
+            self.bias_W = torch.zeros_like(bias_W, dtype=dtype)
+
+    def add(
+        self,
+        chunk: Chunk,
+        logits_nW: Tensor,
+        statistics: tuple[Tensor, Tensor, Tensor],
+        coefficients: tuple[Tensor, Tensor],
+    ) -> None:
+        """Turns the logits of a chunk into their gradient, in place, and multiplies it out.
+
+        `statistics` are row maximum, log-sum and entropy; `coefficients` the derivatives of the
+        loss by log-prob and entropy, each [n]. Tokens whose coefficients are both zero take no part
+        in the products.
+        """
+        per_token = [*statistics, *(values_n.to(logits_nW.dtype) for values_n in coefficients)]
+        rows: slice | Tensor = chunk.tokens
+        kept_n = (per_token[3] != 0) | (per_token[4] != 0)
+        if not bool(kept_n.all()):
+            order_k = kept_first(kept_n, logits_nW)
+            logits_nW = logits_nW[: len(order_k)]
+            per_token = [values_n[order_k] for values_n in per_token]
+            rows = order_k + chunk.tokens.start
+            chunk = replace(
+                chunk,
+                hidden_nD=chunk.hidden_nD[order_k],
+                token_ids_n=chunk.token_ids_n[order_k],
+                settings=chunk.settings.of_tokens(order_k),
+            )
+        settings = chunk.settings
+        load_backend(settings.backend).grad_logits(
+            logits_nW[None],
+            chunk.token_ids_n,
+            settings.inv_temperature,
+            settings.softcap,
+            *per_token,
+            logits_nW[None],
+        )
+        self._multiply(logits_nW, chunk.hidden_nD, rows)
+
+    def _multiply(self, grad_logits_nW: Tensor, hidden_nD: Tensor, rows: slice | Tensor) -> None:
+        weight_WD, dtype = self.head.weight_WD, self.head.settings.compute_dtype
+        width = len(weight_WD)
+        if self.bias_W is not None:
+            self.bias_W[:width] += grad_logits_nW.sum(dim=0)
+        grad_logits_nW = grad_logits_nW.to(hidden_nD.dtype)
+        low_precision = self.head.low_precision
+        if self.hidden_ND is not None:
+            if low_precision:
+                part_nD = torch.mm(grad_logits_nW, weight_WD, out_dtype=dtype)
+            else:
+                part_nD = torch.zeros_like(hidden_nD)
+                for columns, block_bD in weight_blocks(weight_WD, dtype):
+                    part_nD.addmm_(grad_logits_nW[:, columns], block_bD)
+            self.hidden_ND[rows] = part_nD.to(self.hidden_ND.dtype)
+        if self.weight_WD is not None:
+            if low_precision:
+                self.weight_WD[:width] += torch.mm(grad_logits_nW.t(), hidden_nD, out_dtype=dtype)
+            else:
+                self.weight_WD[:width].addmm_(grad_logits_nW.t(), hidden_nD)
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients in the dtypes of the inputs.
+
+        Collectives: with a vocabulary shard, all_reduce(sum) of the hidden gradient.
+        """
+        vocab = self.head.settings.vocab
+        if self.hidden_ND is not None and vocab is not None:
+            dist.all_reduce(self.hidden_ND, group=vocab.group)
+        return [
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(
+                (self.hidden_ND, self.weight_WD, self.bias_W), self.input_dtypes, strict=True
+            )
+        ]
+
+
+def kept_first(kept_n: Tensor, logits_nW: Tensor) -> Tensor:
+    """Moves the kept rows of the logits, k of them, in front; their old positions, [k].
+
+    Rows of the first k that are kept stay where they are, so at most half of all rows move.
+    """
+    count = int(kept_n.sum())
+    order_k = torch.arange(count, device=kept_n.device)
+    holes = (~kept_n[:count]).nonzero()[:, 0]
+    fillers = count + kept_n[count:].nonzero()[:, 0]
+    order_k[holes] = fillers
+    logits_nW[holes] = logits_nW[fillers]
+    return order_k
