@@ -1,4 +1,4 @@
-"""The ops under torch.compile and torch.library: registered rightly, traced whole, compiled once."""
+"""The ops under torch.compile and torch.library: registered, traced whole, compiled once."""
 
 from collections.abc import Iterator
 

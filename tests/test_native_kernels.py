@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import native_backend, reference
-from kernels.autograd import finish_stats
+from kernels.passes import finish_stats
 from kernels.reference import IGNORED, NOT_OWNED
 
 if native_backend.cpp_unavailable_reason() is not None:

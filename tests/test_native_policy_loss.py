@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kernels
 from kernels import advantages, native_backend, reference, token_loss
-from kernels.autograd import finish_stats
+from kernels.passes import finish_stats
 from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.testing import eager_policy_loss, grpo_batch
