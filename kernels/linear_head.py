@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels.backends import load_backend
 from kernels.passes import finish_stats
@@ -26,8 +27,9 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
 # Bytes of the weight that are converted at a time: enough rows for a fast product, few enough to
 # stay in the cache until it reads them.
 BLOCK_BYTES = 8 << 20
-# MKL multiplies fewer rows a thread than this by another kernel, with other roundings.
-MIN_ROWS_PER_THREAD = 4
+# MKL multiplies the rows left over by its tiles with another kernel, which rounds otherwise. With
+# none left over, a row's bits do not depend on the rows beside it.
+ROW_TILE = 16
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -82,6 +84,11 @@ def default_chunk_tokens(num_tokens: int, weight_WD: Tensor, settings: HeadSetti
     return even_share(num_tokens, most)
 
 
+def whole_tiles(num_rows: int) -> int:
+    """The next multiple of ROW_TILE."""
+    return -(-num_rows // ROW_TILE) * ROW_TILE
+
+
 def even_share(total: int, most: int) -> int:
     """The size of the fewest parts of `total` that are no larger than `most`."""
     parts = max(1, -(-total // most))
@@ -115,14 +122,11 @@ class Head:
         self.weight_WD = weight_WD[:width]
         self.bias_W = None if bias_W is None else bias_W[:width]
         self.low_precision = settings.operand_dtype != settings.compute_dtype
-        self.min_rows = 0
         if self.low_precision:
             self.weight_WD = self.weight_WD.to(settings.operand_dtype)
             max_tokens = 0
-        elif weight_WD.device.type == "cpu" and max_tokens > 0:
-            self.min_rows = MIN_ROWS_PER_THREAD * torch.get_num_threads()
         self.buffer_NW = weight_WD.new_empty(
-            max(max_tokens, self.min_rows), width, dtype=settings.compute_dtype
+            whole_tiles(max_tokens), width, dtype=settings.compute_dtype
         )
 
     def chunk(self, hidden_ND: Tensor, token_ids_N: Tensor, tokens: slice) -> Chunk:
@@ -149,12 +153,15 @@ class Head:
 
     def _product(self, hidden_nD: Tensor) -> Tensor:
         num_tokens = len(hidden_nD)
-        num_rows = max(num_tokens, self.min_rows)
-        if num_rows > num_tokens:
-            hidden_nD = torch.nn.functional.pad(hidden_nD, (0, 0, 0, num_rows - num_tokens))
+        num_rows = whole_tiles(num_tokens)
+        hidden_nD = pad(hidden_nD, (0, 0, 0, num_rows - num_tokens))
         for columns, block_bD in weight_blocks(self.weight_WD, hidden_nD.dtype):
             torch.mm(hidden_nD, block_bD.t(), out=self.buffer_NW[:num_rows, columns])
         return self.buffer_NW[:num_tokens]
+
+    def free(self) -> None:
+        """Gives the memory of the logits back; no chunk may follow."""
+        del self.buffer_NW
 
     def statistics(self, chunk: Chunk, logits_nW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log-prob, entropy, row maximum and log-sum of a chunk, merged over vocabulary shards."""
@@ -247,11 +254,13 @@ class Gradients:
                 self.weight_WD[:width].addmm_(grad_logits_nW.t(), hidden_nD)
 
     def finish(self) -> list[Tensor | None]:
-        """The gradients in the dtypes of the inputs.
+        """The gradients in the dtypes of the inputs; ends the work of the head.
 
         Collectives: with a vocabulary shard, all_reduce(sum) of the hidden gradient.
         """
         vocab = self.head.settings.vocab
+        # Rounding the weight gradient to a lower precision takes memory of its own.
+        self.head.free()
         if self.hidden_ND is not None and vocab is not None:
             dist.all_reduce(self.hidden_ND, group=vocab.group)
         return [

@@ -356,16 +356,27 @@ def test_11_confident_targets_keep_relative_accuracy(
     entropy = -(p_V * log_p_V).sum() - (1 - miss) * logprob
     # An exponent E, in float32, is off by E * EPS / 2; so, relatively, is its exponential.
     rtol = EPS * (1 + shift_V.abs().max().item())
-    leaf = logits.requires_grad_()
-    out = kernels.token_logprobs(
-        leaf, torch.tensor([7], device=device), with_entropy=True, backend=backend
+    leaf, ids = logits.requires_grad_(), torch.tensor([7], device=device)
+    out = kernels.token_logprobs(leaf, ids, with_entropy=True, backend=backend)
+    # With these weights the losses are the log-prob and the entropy themselves.
+    as_logprob, as_entropy = (
+        kernels.policy_loss(
+            leaf,
+            ids,
+            None,
+            spec=LossSpec(surrogate="reinforce", entropy_weight=entropy_weight),
+            advantages=torch.tensor([advantage], device=device),
+            backend=backend,
+        ).loss
+        for advantage, entropy_weight in ((-1.0, 0.0), (0.0, -1.0))
     )
-    assert out.logprobs.item() == pytest.approx(logprob.item(), rel=rtol, abs=0)
-    assert out.entropy.item() == pytest.approx(entropy.item(), rel=rtol, abs=0)
-    for value, at_target, at_others_V in (
-        (out.logprobs, miss, -p_V),
-        (out.entropy, -(1 - miss) * (logprob + entropy), -p_V * (log_p_V + entropy)),
+    for value, want, at_target, at_others_V in (
+        (out.logprobs, logprob, miss, -p_V),
+        (as_logprob, logprob, miss, -p_V),
+        (out.entropy, entropy, -(1 - miss) * (logprob + entropy), -p_V * (log_p_V + entropy)),
+        (as_entropy, entropy, -(1 - miss) * (logprob + entropy), -p_V * (log_p_V + entropy)),
     ):
+        assert value.item() == pytest.approx(want.item(), rel=rtol, abs=0)
         gradient_V = torch.autograd.grad(value, leaf, retain_graph=True)[0][0].double()
         assert gradient_V[7].item() == pytest.approx(at_target.item(), rel=rtol, abs=0)
         got_V = torch.cat([gradient_V[:7], gradient_V[8:]])

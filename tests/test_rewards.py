@@ -20,7 +20,7 @@ from trainer.rewards import (
     extract_boxed,
     format_reward,
 )
-from trainer.rewards.scoring import Attempt
+from trainer.rewards.grading import Attempt
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
 

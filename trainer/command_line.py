@@ -56,7 +56,7 @@ def _flag_names() -> list[str]:
 
 
 def check_flag_names(flags: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UsageError for a flag that is not among the known ones, with the one that was meant."""
+    """Raises UsageError for a flag that is not known, with the one that was perhaps meant."""
     for argument in flags:
         name = argument.split("=", 1)[0].replace("_", "-")
         if not name.startswith("--") or name in known:

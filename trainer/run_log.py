@@ -50,7 +50,7 @@ class Sample:
     extracted: str | None
     """The answer that was graded."""
     status: str
-    """How the grade came about: one of `trainer.rewards.scoring.STATUSES`."""
+    """How the grade came about: one of `trainer.rewards.grading.STATUSES`."""
     reward: float | None
     """The total, which the advantages are computed from; None: left out of the loss."""
     parts: dict[str, float | None]

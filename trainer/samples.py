@@ -4,6 +4,7 @@ Shapes: P prompts, G completions per prompt.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from trainer.monitors import (
     zero_spread_share,
 )
 from trainer.rewards import Reward
-from trainer.rewards.scoring import STATUSES, Attempt, GradedGroup, Scorer
+from trainer.rewards.grading import STATUSES, Attempt
+from trainer.rewards.scoring import GradedGroup, Scorer
 from trainer.rollout import Completion, Sampler
 from trainer.run_log import Sample
 from trainer.seeds import derive_key
@@ -285,18 +287,19 @@ def reward_metrics(graded: Sequence[Reward]) -> dict[str, float | None]:
 
     Returns: `reward/mean` of the totals; for each part its mean `reward/<part>`, its standard
     deviation `reward/<part>/std` (over all, not within groups) and the share of completions that
-    were left out of it, `reward/<part>/left_out`; for each status of the grade its share,
-    `grade/<status>`.
+    were left out of it, `reward/<part>/left_out`; and for each status of a grade its share among
+    those graded in that way, `grade/<part>/<status>`.
     """
     metrics = {"reward/mean": _mean_of(reward.total for reward in graded)}
     for name in dict.fromkeys(name for reward in graded for name in reward.parts):
         values = [reward.parts.get(name) for reward in graded]
-        metrics[f"reward/{name}"] = _mean_of(values)
         present = [value for value in values if value is not None]
+        metrics[f"reward/{name}"] = _mean_of(values)
         metrics[f"reward/{name}/std"] = statistics.pstdev(present) if present else None
-        metrics[f"reward/{name}/left_out"] = _mean(value is None for value in values)
-    for status in STATUSES:
-        metrics[f"grade/{status}"] = _mean(reward.status == status for reward in graded)
+        metrics[f"reward/{name}/left_out"] = 1 - len(present) / len(values)
+        found = Counter(reward.status for reward in graded if name in reward.parts)
+        for status in STATUSES.get(name, ()):
+            metrics[f"grade/{name}/{status}"] = found[status] / found.total()
     return metrics
 
 

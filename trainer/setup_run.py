@@ -19,7 +19,7 @@ from trainer.config import TrainConfig, UsageError
 from trainer.fsdp import World, from_main_rank
 from trainer.model_loading import load_model, load_tokenizer, resolve_model
 from trainer.policy_update import Policy, make_optimizer
-from trainer.problem_source import ProblemSource, open_problems
+from trainer.problem_source import ListedProblems, ProblemSource, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
@@ -96,11 +96,17 @@ def start_run(
     model.to(world.device)  # type: ignore[arg-type]
     _check_vocabulary(tokenizer, model)
     template = _for_tokenizer(template, tokenizer)
-    prompter = Prompter(
-        tokenizer,
+    listed = source.problems if isinstance(source, ListedProblems) else []
+    scorer = Scorer(
+        config.reward,
         template,
-        Scorer(config.reward, template, max_new_tokens=config.rollout.max_new_tokens),
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+        runs_code=any(problem.tests for problem in (*listed, *held_out)),
+    )
+    if scorer.grader.sandbox_level is not None:
+        log.message(f"code sandbox: {scorer.grader.sandbox_level}")
+    prompter = Prompter(
+        tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
     )
     dtype = getattr(torch, config.dtype)
     sampler = TransformersSampler(

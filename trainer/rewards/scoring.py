@@ -3,6 +3,7 @@
 | part | value | source |
 |---|---|---|
 | accuracy | 1 for a right answer, else 0; what the problem's verifier says, if it has one | R1 |
+| code | for a problem with tests: 1 for a program that passes all of them, else 0 | R1 |
 | format | 1 for a completion in the template's format, else 0 | R1 |
 | language | share of the thought's words that are in the target language | R1 |
 | overlong | 0 to -1 over the last tokens before the longest completion | DAPO |
@@ -25,15 +26,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-import numpy as np
+from typing import Self
 
 from trainer.config import RewardOptions, UsageError
-from trainer.rewards.extraction import extract_answer, format_reward, thought
+from trainer.rewards.extraction import format_reward, thought
+from trainer.rewards.grading import AnswerGrader, Attempt, Outcome
 from trainer.rewards.language import SCRIPTS, language_consistency
-from trainer.rewards.matching import answers_match
-from trainer.rewards.math_grader import GRADE_STATUSES, MathGrader
 from trainer.rewards.penalties import (
     cosine_length_reward,
     linear_length_rewards,
@@ -43,30 +41,10 @@ from trainer.rewards.penalties import (
 from trainer.rewards.user_reward import UserReward, load_user_rewards
 from trainer.templates import Template
 
-if TYPE_CHECKING:
-    from trainer.tasks import Problem
-
-PARTS = ("accuracy", "format", "language", "overlong", "length", "repetition")
-"""The parts that are no user's."""
-STATUSES = (*GRADE_STATUSES, "no_answer", "truncated")
-"""How a completion's grade came about: one of MathGrader's, or there was nothing to grade."""
+PARTS = ("accuracy", "code", "format", "language", "overlong", "length", "repetition")
+"""The parts that are no user's; a problem has either accuracy or code."""
 
 Parts = dict[str, float | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """A completion of a problem, as rewards see it."""
-
-    problem: Problem
-    prompt: str
-    """The text the completion was sampled after."""
-    text: str
-    """The completion."""
-    token_ids: np.ndarray
-    """int64 `[n]`, the completion."""
-    truncated: bool
-    """Cut at the length limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +60,15 @@ class Reward:
     correct: bool
     """Whether the answer is right."""
     status: str
-    """One of STATUSES."""
+    """How the grade came about, one of `grading.STATUSES`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
     """An attempt after all parts but the user's."""
 
+    outcome: Outcome
     parts: Parts
-    extracted: str | None
-    correct: bool
-    status: str
 
 
 def check_rewards(options: RewardOptions) -> list[UserReward]:
@@ -124,23 +100,25 @@ class Scorer:
         options: which rewards, with which weights.
         template: where the answer is read from and which format is asked for.
         max_new_tokens: longest completion.
+        runs_code: some problems have tests; opens the sandbox.
 
     Raises:
-        UsageError: as `check_rewards`.
+        UsageError: as `check_rewards`, or the sandbox cannot be had.
     """
 
-    def __init__(self, options: RewardOptions, template: Template, *, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        options: RewardOptions,
+        template: Template,
+        *,
+        max_new_tokens: int,
+        runs_code: bool = False,
+    ) -> None:
         self.options, self.template, self.max_new_tokens = options, template, max_new_tokens
         self.user_rewards = check_rewards(options)
         self.weights = {name: getattr(options, f"{name}_weight") for name in PARTS}
         self.weights |= {reward.name: reward.weight for reward in self.user_rewards}
-        self._math = None
-        if options.grader != "exact":
-            self._math = MathGrader(
-                workers=options.grader_workers,
-                timeout_seconds=options.grader_timeout,
-                mode=options.grader,
-            )
+        self.grader = AnswerGrader(options, template, runs_code=runs_code)
         self._threads = ThreadPoolExecutor(options.grader_workers, thread_name_prefix="scoring")
 
     def __enter__(self) -> Self:
@@ -157,8 +135,7 @@ class Scorer:
     def close(self) -> None:
         """Ends threads and worker processes; nothing is scored any more."""
         self._threads.shutdown(cancel_futures=True)
-        if self._math is not None:
-            self._math.close()
+        self.grader.close()
 
     def score(self, attempts_PG: Sequence[Sequence[Attempt]]) -> list[list[Reward]]:
         """Rewards of the completions of each problem, `[P][G]`.
@@ -167,6 +144,10 @@ class Scorer:
             UsageError: a user's function returned something else than numbers.
         """
         return self._with_user_rewards(attempts_PG, self._grade(attempts_PG))
+
+    def answers_agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the two answers of each pair are equal, the first taken as the gold."""
+        return self.grader.answers_agree(pairs)
 
     def start(self, attempts_G: Sequence[Attempt]) -> Future[GradedGroup]:
         """Grades one group in the background, to be given to `finish`."""
@@ -190,7 +171,7 @@ class Scorer:
         )
 
     def _grade(self, attempts_PG: Sequence[Sequence[Attempt]]) -> list[list[Graded]]:
-        outcomes = iter(self._accuracies([one for group in attempts_PG for one in group]))
+        outcomes = iter(self.grader.grade([one for group in attempts_PG for one in group]))
         graded_PG = []
         for attempts_G in attempts_PG:
             outcomes_G = [next(outcomes) for _ in attempts_G]
@@ -205,46 +186,6 @@ class Scorer:
             )
         return graded_PG
 
-    def _accuracies(self, attempts: Sequence[Attempt]) -> list[Graded]:
-        """Extraction and grade of each attempt, with accuracy as its only part."""
-        answers = [
-            None if attempt.truncated else extract_answer(attempt.text, self.template)
-            for attempt in attempts
-        ]
-        graded: list[Graded] = []
-        compared: list[int] = []
-        for attempt, answer in zip(attempts, answers, strict=True):
-            value, status = 0.0, "ok"
-            if answer is None:
-                status = "truncated" if attempt.truncated else "no_answer"
-            elif attempt.problem.verifier is not None:
-                value = min(max(attempt.problem.verifier(answer), 0.0), 1.0)
-            else:
-                compared.append(len(graded))
-            graded.append(Graded({"accuracy": value}, answer, value == 1.0, status))
-        pairs = [(attempts[at].problem.answer, answers[at]) for at in compared]
-        for at, (correct, status) in zip(compared, self._compare(pairs), strict=True):
-            graded[at] = Graded({"accuracy": float(correct)}, answers[at], correct, status)
-        return graded
-
-    def answers_agree(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether the two answers of each pair are equal, the first taken as the gold."""
-        return [correct for correct, _ in self._compare(pairs)]
-
-    def _compare(
-        self, pairs: Sequence[tuple[str | list[str], str | None]]
-    ) -> list[tuple[bool, str]]:
-        """Whether each answer equals its gold, or one of its golds, and the status of the grade."""
-        if self._math is not None:
-            return [(grade.correct, grade.status) for grade in self._math.grade(pairs)]
-        return [
-            (
-                answer is not None and any(answers_match(one, answer) for one in _as_list(golds)),
-                "ok",
-            )
-            for golds, answer in pairs
-        ]
-
     def _length_rewards(
         self, attempts_G: Sequence[Attempt], correct_G: Sequence[bool]
     ) -> Sequence[float | None]:
@@ -258,9 +199,9 @@ class Scorer:
             for length, correct in zip(lengths_G, correct_G, strict=True)
         ]
 
-    def _graded(self, attempt: Attempt, outcome: Graded, length: float | None) -> Graded:
-        parts, options = dict(outcome.parts), self.options
-        parts["format"] = format_reward(attempt.text, self.template)
+    def _graded(self, attempt: Attempt, outcome: Outcome, length: float | None) -> Graded:
+        options = self.options
+        parts: Parts = {outcome.part: outcome.value, "format": self._format(attempt, outcome)}
         if self.weights["language"]:
             parts["language"] = language_consistency(
                 thought(attempt.text, self.template),
@@ -279,7 +220,13 @@ class Scorer:
             parts["repetition"] = repetition_penalty(
                 attempt.token_ids.tolist(), ngram=options.repetition_ngram
             )
-        return Graded(parts, outcome.extracted, outcome.correct, outcome.status)
+        return Graded(outcome, parts)
+
+    def _format(self, attempt: Attempt, outcome: Outcome) -> float:
+        if outcome.part == "code" and self.template.answer_in == "boxed":
+            # A program stands in a fenced block instead of a box.
+            return float(outcome.extracted is not None)
+        return format_reward(attempt.text, self.template)
 
     def _with_user_rewards(
         self, attempts_PG: Sequence[Sequence[Attempt]], graded_PG: Sequence[Sequence[Graded]]
@@ -311,11 +258,7 @@ class Scorer:
         return Reward(
             total=total,
             parts=parts,
-            extracted=graded.extracted,
-            correct=graded.correct,
-            status=graded.status,
+            extracted=graded.outcome.extracted,
+            correct=graded.outcome.correct,
+            status=graded.outcome.status,
         )
-
-
-def _as_list(golds: str | list[str]) -> list[str]:
-    return [golds] if isinstance(golds, str) else golds

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from trainer.config import UsageError
 
 if TYPE_CHECKING:
-    from trainer.rewards.scoring import Attempt
+    from trainer.rewards.grading import Attempt
 
 _NAMED = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(?:=(.+))?")
 
