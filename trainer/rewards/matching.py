@@ -51,13 +51,14 @@ def answer_key(answer: str) -> Fraction | str:
     text = answer.strip()
     if len(text) > MAX_ANSWER_CHARS:
         return text
-    text = _normalised(text)
+    text = normalised_text(text)
     number = _as_fraction(text) if len(text) <= MAX_NUMBER_CHARS else None
     return text if number is None else number
 
 
-def _normalised(text: str) -> str:
-    text = text if text.isascii() else _ascii_forms(text)
+def normalised_text(text: str) -> str:
+    """The text as `answer_key` compares it."""
+    text = text if text.isascii() else ascii_forms(text)
     text = _DROPPED_LATEX.sub("", text)
     text = _SPACE_LATEX.sub(" ", text)
     text = _FRACTION_LATEX.sub(r"\\frac", text).replace("{,}", ",")
@@ -66,7 +67,8 @@ def _normalised(text: str) -> str:
     return _REDUNDANT_SPACE.sub("", _SPACES.sub(" ", text)).strip()
 
 
-def _ascii_forms(text: str) -> str:
+def ascii_forms(text: str) -> str:
+    """NFKC that keeps meanings: superscripts and fraction characters stay what they are."""
     # NFKC alone would read a superscript as a plain digit and 1 followed by one half as 11/2.
     pieces = []
     for char in text:

@@ -1,4 +1,4 @@
-"""Whether an answer equals one of its golds; runs in a worker process."""
+"""Grades one answer; runs in a worker process."""
 
 from __future__ import annotations
 
@@ -6,22 +6,73 @@ import logging
 
 import math_verify
 
+from trainer.rewards.math_answer import Answer, read_answer
+from trainer.rewards.math_equivalence import equal_answers
+from trainer.rewards.math_tree import TooCostlyError, UnreadableError, UnsupportedError
+
+MATH_VERIFY_DECIMALS = 6
+"""Places to which math-verify rounds decimals by default."""
+EXACT_DECIMALS = 15
+
 
 def compare(golds: list[str], answer: str, mode: str) -> tuple[bool, str]:
-    """Whether the answer equals any of the golds, and the status of the comparison."""
-    read = math_verify.parse(f"${answer}$", parsing_timeout=None)
-    if not read:
-        return False, "parse_fail"
-    correct = any(
-        math_verify.verify(
-            math_verify.parse(f"${gold}$", parsing_timeout=None), read, timeout_seconds=None
-        )
-        for gold in golds
-    )
-    return bool(correct), "ok"
+    """Whether the answer equals any of the golds, and the status of the comparison.
+
+    Args:
+        golds: usable ones.
+        mode: "strict" or "lenient", as `MathGrader`.
+    """
+    read = read_answer(answer)
+    status = "ok" if read.readings or read.words or read.choice else _status_of(read)
+    for gold in golds:
+        try:
+            if _is_right(gold, read, answer, mode):
+                return True, "ok"
+        except TooCostlyError:
+            status = "timeout"
+    return False, status
 
 
 def warm_up() -> None:
-    """Load everything that a comparison may need."""
+    """Load and run once everything that a comparison may need."""
     logging.disable(logging.CRITICAL)
-    compare(["1"], "\\frac{1}{2}", "strict")
+    compare(["\\frac{1}{3}"], "\\int_0^1 x^2 dx", "strict")
+    compare(["\\sin(2x)"], "2\\sin x\\cos x", "lenient")
+
+
+def _is_right(gold: str, read: Answer, answer: str, mode: str) -> bool:
+    gold_read = read_answer(gold)
+    for failure in (gold_read.failure, read.failure):
+        if isinstance(failure, TooCostlyError):
+            raise failure
+    if equal_answers(gold_read, read):
+        return True
+    if mode == "lenient":
+        return _math_verify_accepts(gold, answer, MATH_VERIFY_DECIMALS)
+    needs_algebra = any(
+        isinstance(failure, UnsupportedError) for failure in (gold_read.failure, read.failure)
+    )
+    can_be_read = all(
+        one.readings or isinstance(one.failure, UnsupportedError) for one in (gold_read, read)
+    )
+    return needs_algebra and can_be_read and _math_verify_accepts(gold, answer, EXACT_DECIMALS)
+
+
+def _status_of(read: Answer) -> str:
+    if isinstance(read.failure, TooCostlyError):
+        return "timeout"
+    is_junk = isinstance(read.failure, UnreadableError)
+    return "parse_fail" if is_junk and not isinstance(read.failure, UnsupportedError) else "ok"
+
+
+def _math_verify_accepts(gold: str, answer: str, decimals: int) -> bool:
+    # Its own time limits need the main thread's alarm; the worker's CPU limit takes their place.
+    parsed = [
+        math_verify.parse(f"${_bare(text)}$", parsing_timeout=None) for text in (gold, answer)
+    ]
+    return bool(math_verify.verify(*parsed, float_rounding=decimals, timeout_seconds=None))
+
+
+def _bare(text: str) -> str:
+    stripped = text.strip()
+    return stripped.strip("$") if not stripped.endswith("\\$") else stripped

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from trainer.rewards.matching import MAX_ANSWER_CHARS, answers_match
+from trainer.rewards.math_answer import why_unusable
 from trainer.rewards.math_pool import Verdict, WorkerPool
 
 GRADE_STATUSES = ("ok", "timeout", "parse_fail", "too_long", "crash")
@@ -166,7 +167,7 @@ def check_gold(gold: str) -> str | None:
         return "it is empty"
     if len(gold.strip()) > MAX_ANSWER_CHARS:
         return f"it is longer than {MAX_ANSWER_CHARS} characters"
-    return None
+    return why_unusable(gold)
 
 
 def _usable(golds: tuple[str, ...]) -> tuple[str, ...]:

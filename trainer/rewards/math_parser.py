@@ -1,0 +1,137 @@
+"""Reads tokens into a tree: lists, relations and sets here, expressions in `math_expressions`.
+
+A hand-written descent over a closed grammar: what it does not know is refused, nothing is
+evaluated, and its recursion is bounded.
+"""
+
+from __future__ import annotations
+
+from trainer.rewards.math_expressions import ExpressionParser
+from trainer.rewards.math_tokens import tokenise
+from trainer.rewards.math_tree import Node, TooCostlyError, UnreadableError
+from trainer.rewards.math_vocabulary import is_unit_stop
+
+MAX_TREE_DEPTH = 150
+
+_RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in", "~"))
+_SET_OPERATORS = {"cup": "union", "cap": "intersection", "setminus": "difference"}
+
+
+def parse(text: str, *, thousands: bool = True, tight: bool = False) -> Node:
+    """The tree of an answer.
+
+    Args:
+        text: normalised as `math_answer` does.
+        thousands: as `tokenise`.
+        tight: read `1/2x` as 1/(2x), not as (1/2)x.
+
+    Raises:
+        UnsupportedError: it needs computer algebra.
+        UnreadableError: not known to the grammar.
+        TooCostlyError: too long or too deeply nested.
+    """
+    parser = _AnswerParser(tokenise(text, thousands=thousands), tight)
+    if parser.at_op("="):
+        parser.take()
+    node = parser.items("end")
+    if parser.peek().kind != "end":
+        raise UnreadableError(f"{parser.peek().text!r} where nothing can follow")
+    _check_depth(node)
+    return node
+
+
+class _AnswerParser(ExpressionParser):
+    def items(self, _closer: str) -> Node:
+        """One clause, or a bare list of them."""
+        clauses = [self._clause()]
+        separators = []
+        while self.at_op(",", ";") or self.peek().kind == "separator":
+            separators.append(self.take().text)
+            # An Oxford comma: "1, 2, and 3".
+            while separators[-1] in ",;" and self.peek().kind == "separator":
+                separators[-1] = self.take().text
+            if separators[-1] in ",;" and self._ends_list():
+                separators.pop()
+                break
+            clauses.append(self._clause())
+        if len(clauses) == 1:
+            return clauses[0]
+        if all(clause.kind == "rel" for clause in clauses) and len(set(separators)) == 1:
+            if separators[0] in ("and", "or"):
+                return Node(separators[0], tuple(clauses))
+        return Node("seq", tuple(clauses))
+
+    def _ends_list(self) -> bool:
+        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}")
+
+    def _clause(self) -> Node:
+        sides, operators = [self._side()], []
+        while self.at_op(*_RELATIONS) or self.at_command("in"):
+            operators.append(self.take().text)
+            sides.append(self._side())
+        return Node("rel", tuple(sides), tuple(operators)) if operators else sides[0]
+
+    def _side(self) -> Node:
+        node = self._set_operand()
+        while True:
+            token = self.peek()
+            if token.kind == "command" and token.text in _SET_OPERATORS:
+                self.take()
+                node = Node(_SET_OPERATORS[token.text], (node, self._set_operand()))
+            elif token.text == "U" and is_set(node):
+                self.take()
+                node = Node("union", (node, self._set_operand()))
+            else:
+                break
+        return self._with_unit(node)
+
+    def _set_operand(self) -> Node:
+        node = self.expression()
+        while is_set(node) and self.at_op("-"):
+            self.take()
+            node = Node("difference", (node, self.expression()))
+        return node
+
+    def _with_unit(self, node: Node) -> Node:
+        """The quantity, where words or units follow a value."""
+        pieces: list[str] = []
+        if self.peek().kind == "text":
+            while not self._ends_unit():
+                token = self.take()
+                if token.kind == "text" and is_unit_stop(token.text):
+                    raise UnreadableError(f"the words {token.text!r}")
+                pieces.append(token.text)
+        return Node("quantity", (node,), " ".join(pieces)) if pieces else node
+
+    def _ends_unit(self) -> bool:
+        token = self.peek()
+        return (
+            token.kind in ("end", "separator", "command")
+            or (token.kind == "op" and token.text not in ("^", "/", "*", "-", "{", "}", "'"))
+            or (token.text == "}" and not self.in_unit_braces())
+        )
+
+    def in_unit_braces(self) -> bool:
+        """Whether a closing brace here closes an exponent of the unit."""
+        depth = 0
+        for token in reversed(self.tokens[: self.at]):
+            depth += {"{": 1, "}": -1}.get(token.text, 0)
+            if token.kind == "text":
+                break
+        return depth > 0
+
+
+def is_set(node: Node) -> bool:
+    """Whether a tree can only be a set: an interval, braces, a named set, a set operation."""
+    if node.kind == "seq":
+        return node.value == "{}" or (len(node.args) == 2 and node.value not in ("", "<>"))
+    return node.kind in ("set", "union", "intersection", "difference", "builder")
+
+
+def _check_depth(node: Node) -> None:
+    level, depth = [node], 0
+    while level:
+        depth += 1
+        if depth > MAX_TREE_DEPTH:
+            raise TooCostlyError(f"nested deeper than {MAX_TREE_DEPTH}")
+        level = [arg for part in level for arg in part.args]
