@@ -2,8 +2,8 @@
 // table), ONEPASS_LEVEL_NAME and ONEPASS_VECTOR_BYTES, and includes row_kernels.h before it changes
 // the target: inline functions shared with other files must keep the baseline.
 //
-// Order of every sum: columns within kSums accumulators over a block, their lanes in double, blocks
-// in double from first to last. It depends on the width alone; the target stays in its place as an
+// Order of every sum: groups of columns over a block, the lanes of the group in double, blocks in
+// double from first to last. It depends on the width alone; the target stays in its place as an
 // exact 0.
 #pragma once
 
@@ -14,7 +14,6 @@ namespace onepass {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr int kSums = 1;
 constexpr int64_t kStep = int64_t{kUnroll} * kColumns;
 constexpr int kCacheLine = 64;
 
@@ -45,8 +44,14 @@ struct Transform {
   }
 };
 
-template <class Element, Scaling kScaling>
-float block_max(const Element* x, int64_t count, const Transform<kScaling>& transform) {
+// The largest z of a block and a bound below all of them; NaN may hide either.
+struct Range {
+  float largest;
+  float smallest;
+};
+
+template <Scaling kScaling>
+Range block_range(const float* x, int64_t count, const Transform<kScaling>& transform) {
   Floats max[kUnroll];
   for (Floats& columns : max) columns = splat(-__builtin_inff());
   int64_t j = 0;
@@ -58,11 +63,73 @@ float block_max(const Element* x, int64_t count, const Transform<kScaling>& tran
   for (; j + kColumns <= count; j += kColumns) max[0] = larger(transform(load(x + j)), max[0]);
   if (j < count) {
     const int rest = static_cast<int>(count - j);
-    const Floats z = transform(load_first(x + j, rest)) + absent_after<Element>(rest);
+    const Floats z = transform(load_first(x + j, rest)) + absent_after<float>(rest);
     max[0] = larger(z, max[0]);
   }
   for (int k = 1; k < kUnroll; ++k) max[0] = larger(max[k], max[0]);
-  return largest_column(max[0]);
+  return {largest_column(max[0]), -__builtin_inff()};
+}
+
+// What is known of the 16-bit floats seen so far, by their bits: those above zero are ordered as
+// signed integers, those below, which have the sign bit set, against unsigned ones.
+struct LargestAndSmallest {
+  SignedHalves above = SignedHalves{} + int16_t{INT16_MIN};
+  Halves below = {};
+
+  void add(Halves group) {
+    above = (SignedHalves)group > above ? (SignedHalves)group : above;
+    below = group > below ? group : below;
+  }
+};
+
+// The largest where all are below zero.
+struct LargestBelowZero {
+  Halves inverted = {};
+
+  void add(Halves group) { inverted = ~group > inverted ? ~group : inverted; }
+};
+
+// Adds every column of a block; the last group may overlap the one before, or repeat a column.
+template <class Seen, class Element>
+Seen see_all(const Element* x, int64_t count) {
+  Seen seen;
+  int64_t j = 0;
+  for (; j + kColumns <= count; j += kColumns) seen.add((Halves)load_bits(x + j));
+  if (j == count) return seen;
+  Element group[kColumns];
+  for (int k = 0; k < kColumns; ++k) group[k] = x[j + k < count ? j + k : j];
+  seen.add((Halves)load_bits(group));
+  return seen;
+}
+
+template <class Lane, class Lanes>
+Lane largest_lane(Lanes lanes) {
+  // A subscript would keep the vector in memory, also in the loop that it comes from.
+  Lane values[kColumns];
+  store_bits(lanes, values);
+  Lane largest = values[0];
+  for (Lane value : values) largest = value > largest ? value : largest;
+  return largest;
+}
+
+template <class Element, Scaling kScaling>
+float z_of(uint16_t bits, const Transform<kScaling>& transform) {
+  return transform(splat(to_float(Element{bits}))).first[0];
+}
+
+// z rises with x.
+template <class Element, Scaling kScaling>
+Range block_range(const Element* x, int64_t count, const Transform<kScaling>& transform) {
+  constexpr uint16_t kSign = 0x8000u;
+  const auto seen = see_all<LargestAndSmallest>(x, count);
+  const uint16_t smallest = largest_lane<uint16_t>(seen.below);
+  uint16_t largest = static_cast<uint16_t>(largest_lane<int16_t>(seen.above));
+  if (largest >= kSign) {
+    const auto below_zero = see_all<LargestBelowZero>(x, count);
+    largest = static_cast<uint16_t>(~largest_lane<uint16_t>(below_zero.inverted));
+  }
+  return {z_of<Element>(largest, transform),
+          smallest >= kSign ? z_of<Element>(smallest, transform) : 0.0f};
 }
 
 template <class Element>
@@ -73,53 +140,39 @@ void prefetch(const Element* from, int64_t count) {
 }
 
 struct BlockSum {
-  Floats sum[kSums];
-  Floats weighted[kSums];
+  Floats sum = splat(0.0f);
+  Floats weighted = splat(0.0f);
 
-  BlockSum() {
-    for (int k = 0; k < kSums; ++k) sum[k] = weighted[k] = splat(0.0f);
-  }
-
-  Floats add(int k, Floats exponent) {
-    const Floats bounded = larger(splat(kExpIsZero), exponent);
-    const Floats e = exponential(bounded);
-    sum[k] = sum[k] + e;
-    weighted[k] = fused(bounded, e, weighted[k]);
+  template <bool kInRange>
+  Floats add(Floats exponent) {
+    if constexpr (!kInRange) exponent = larger(splat(kExpIsZero), exponent);
+    const Floats e = exponential(exponent);
+    sum = sum + e;
+    weighted = fused(exponent, e, weighted);
     return e;
   }
 };
 
-template <class Element, Scaling kScaling, bool kKeep>
+// kInRange: no exponent is NaN or below kExpIsZero.
+template <class Element, Scaling kScaling, bool kKeep, bool kInRange>
 void sum_block(const Element* x, int64_t count, const Transform<kScaling>& transform, float* kept,
                const Element* ahead, OnlineSoftmax<double>& total) {
   const Floats base = splat(total.base());
   BlockSum block;
   int64_t j = 0;
-  for (; j + kStep <= count; j += kStep) {
-    if (ahead) prefetch(ahead + j, kStep);
-    for (int k = 0; k < kUnroll; ++k) {
-      const int64_t at = j + k * kColumns;
-      const Floats e = block.add(k % kSums, transform(load(x + at)) - base);
-      if constexpr (kKeep) store(e, kept + at);
-    }
-  }
   for (; j + kColumns <= count; j += kColumns) {
-    const Floats e = block.add(0, transform(load(x + j)) - base);
+    prefetch(ahead + j, kColumns);
+    const Floats e = block.template add<kInRange>(transform(load(x + j)) - base);
     if constexpr (kKeep) store(e, kept + j);
   }
   if (j < count) {
     const int rest = static_cast<int>(count - j);
     const Floats z = transform(load_first(x + j, rest)) + absent_after<Element>(rest);
-    const Floats e = block.add(0, z - base);
+    const Floats e = block.template add<false>(z - base);
     if constexpr (kKeep && sizeof(Element) == sizeof(float)) store_first(e, kept + j, rest);
     if constexpr (kKeep && sizeof(Element) != sizeof(float)) store(e, kept + j);
   }
-  double sum = 0.0, weighted = 0.0;
-  for (int k = 0; k < kSums; ++k) {
-    sum += sum_columns(block.sum[k]);
-    weighted += sum_columns(block.weighted[k]);
-  }
-  total.add(sum, weighted);
+  total.add(sum_columns(block.sum), sum_columns(block.weighted));
 }
 
 // The block itself, or a copy of it in which the target counts nothing.
@@ -134,19 +187,24 @@ const Element* without_target(const Element* x, int64_t count, int64_t target, E
 template <class Element, Scaling kScaling, bool kKeep>
 OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
   const Transform<kScaling> transform(row);
-  const Element* x = static_cast<const Element*>(row.logits);
-  const Element* ahead = static_cast<const Element*>(row.next);
+  const Element* next = static_cast<const Element*>(row.next);
   Element copy[kBlockColumns];
   OnlineSoftmax<double> total;
   for (int64_t start = 0; start < row.width; start += kBlockColumns) {
     const int64_t left = row.width - start;
     const int64_t count = left < kBlockColumns ? left : kBlockColumns;
-    total.raise_max(block_max(x + start, count, transform));
+    const Element* x = static_cast<const Element*>(row.logits) + start;
+    const Element* ahead = next ? next + start : x;
+    const Range range = block_range(x, count, transform);
+    total.raise_max(range.largest);
     if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     float* kept = kKeep ? trace.exponentials + start : nullptr;
-    sum_block<Element, kScaling, kKeep>(without_target(x + start, count, row.target - start, copy),
-                                        count, transform, kept, ahead ? ahead + start : nullptr,
-                                        total);
+    const Element* others = without_target(x, count, row.target - start, copy);
+    if (others == x && range.smallest - total.base() > kExpIsZero) {
+      sum_block<Element, kScaling, kKeep, true>(x, count, transform, kept, ahead, total);
+    } else {
+      sum_block<Element, kScaling, kKeep, false>(others, count, transform, kept, ahead, total);
+    }
   }
   return total;
 }
@@ -179,7 +237,7 @@ OnlineSoftmax<double> forward_softcapped(const Row& row, const RowTrace& trace) 
     const int64_t count = left < kBlockColumns ? left : kBlockColumns;
     if (ahead) prefetch(ahead + start, count);
     const int64_t columns = transform_block(x + start, count, transform, z);
-    total.raise_max(block_max(z, columns, as_it_is));
+    total.raise_max(block_range(z, columns, as_it_is).largest);
     if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     const int64_t target = row.target - start;
     if (target >= 0 && target < count) {
@@ -187,7 +245,7 @@ OnlineSoftmax<double> forward_softcapped(const Row& row, const RowTrace& trace) 
       const Floats hole = absent_at<Element>(static_cast<int>(target - group));
       store(load(z + group) + hole, z + group);
     }
-    sum_block<float, Scaling::kNone, false>(z, columns, as_it_is, nullptr, nullptr, total);
+    sum_block<float, Scaling::kNone, false, false>(z, columns, as_it_is, nullptr, z, total);
   }
   return total;
 }
@@ -249,22 +307,33 @@ struct Scaled {
   Floats operator()(Floats x) const { return x * factor; }
 };
 
+template <bool kTiesToEven, class Element>
+void put(Floats value, Element* to) {
+  if constexpr (kTiesToEven) {
+    store(value, to);
+  } else {
+    store_nearest(value, to);
+  }
+}
+
 // out = columns(x), for logits x or, with Source float and a 16-bit Element, for kept exponentials,
 // which lie in whole groups in the order of the element type's lanes. Loads come before stores,
 // which may overwrite them.
-template <class Columns, class Source, class Element>
+template <bool kTiesToEven, class Columns, class Source, class Element>
 void map_block(const Columns& columns, const Source* x, Element* out, int64_t count) {
   int64_t j = 0;
   for (; j + kStep <= count; j += kStep) {
     Floats values[kUnroll];
     for (int k = 0; k < kUnroll; ++k) values[k] = columns(load(x + j + k * kColumns));
-    for (int k = 0; k < kUnroll; ++k) store(values[k], out + j + k * kColumns);
+    for (int k = 0; k < kUnroll; ++k) put<kTiesToEven>(values[k], out + j + k * kColumns);
   }
-  for (; j + kColumns <= count; j += kColumns) store(columns(load(x + j)), out + j);
+  for (; j + kColumns <= count; j += kColumns) put<kTiesToEven>(columns(load(x + j)), out + j);
   if (j < count) {
     const int rest = static_cast<int>(count - j);
     const Floats last = sizeof(Source) == sizeof(Element) ? load_first(x + j, rest) : load(x + j);
-    store_first(columns(last), out + j, rest);
+    Element group[kColumns];
+    put<kTiesToEven>(columns(last), group);
+    std::memcpy(out + j, group, rest * sizeof(Element));
   }
 }
 
@@ -283,14 +352,15 @@ void backward_as(const Row& row, const RowTrace& trace, const RowGrad& grad) {
     const double scale = factor * exp(log_scale);
     const float logprob_scale = static_cast<float>(scale * grad.coef_logprob);
     if (trace.exponentials) {
-      map_block(Scaled{splat(-logprob_scale)}, trace.exponentials + start, out + start, count);
+      map_block<false>(Scaled{splat(-logprob_scale)}, trace.exponentials + start, out + start,
+                       count);
       continue;
     }
     const GradOfLogits<kScaling, kEntropy> columns(
         transform,
         {static_cast<float>(base), logprob_scale, static_cast<float>(scale * grad.coef_entropy),
          static_cast<float>(log_scale + grad.entropy)});
-    map_block(columns, x + start, out + start, count);
+    map_block<false>(columns, x + start, out + start, count);
   }
 }
 
@@ -315,7 +385,7 @@ void backward(const Row& row, const RowTrace& trace, const RowGrad& grad) {
 template <class Element>
 void scale(void* row, int64_t width, float factor) {
   Element* x = static_cast<Element*>(row);
-  map_block(Scaled{splat(factor)}, x, x, width);
+  map_block<true>(Scaled{splat(factor)}, x, x, width);
 }
 
 float effective_logit(float x, const Row& row) {

@@ -27,6 +27,8 @@ constexpr int kColumns = 2 * kLanes;
 
 using Vector = float __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
 using Bits = uint32_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
+using Halves = uint16_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
+using SignedHalves = int16_t __attribute__((vector_size(ONEPASS_VECTOR_BYTES)));
 
 inline Vector broadcast(float value) { return value - Vector{}; }
 
@@ -105,6 +107,17 @@ inline Floats load(const BFloat16* from) {
   return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
 }
 
+// The upper halves of both, interleaved.
+inline Bits upper_halves(Bits even, Bits odd) {
+#if ONEPASS_VECTOR_BYTES == 64
+  return (Bits)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(even >> 16), (__m512i)odd);
+#elif ONEPASS_VECTOR_BYTES == 32
+  return (Bits)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+#else
+  return even >> 16 | (odd & 0xffff0000u);
+#endif
+}
+
 // Rounds to the nearest bfloat16, ties to even, in the upper half. A NaN stems from arithmetic or a
 // widened 16-bit NaN; the sum cannot carry out of either.
 inline Bits round_to_bfloat16(Vector value) {
@@ -113,9 +126,12 @@ inline Bits round_to_bfloat16(Vector value) {
 }
 
 inline void store(Floats value, BFloat16* to) {
-  const Bits even = round_to_bfloat16(value.first) >> 16;
-  const Bits odd = round_to_bfloat16(value.second) & 0xffff0000u;
-  store_bits(even | odd, to);
+  store_bits(upper_halves(round_to_bfloat16(value.first), round_to_bfloat16(value.second)), to);
+}
+
+// To the nearest, where ties may go away from zero: as exact, and cheaper for bfloat16.
+inline void store_nearest(Floats value, BFloat16* to) {
+  store_bits(upper_halves((Bits)value.first + 0x8000u, (Bits)value.second + 0x8000u), to);
 }
 
 #if ONEPASS_VECTOR_BYTES == 64
@@ -148,6 +164,11 @@ inline Floats load(const Float16* from) { return {widen(from), widen(from + kLan
 inline void store(Floats value, Float16* to) {
   narrow(value.first, to);
   narrow(value.second, to + kLanes);
+}
+
+template <class Element>
+inline void store_nearest(Floats value, Element* to) {
+  store(value, to);
 }
 
 // The first `count` columns of a group; the others come from zeros.
