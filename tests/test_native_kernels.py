@@ -25,7 +25,7 @@ from kernels import _native
 ERROR_FACTOR = 1.5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 6e-8, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-WIDTHS = (1, 2, 31, 1000, 1024, 6001)
+WIDTHS = (1, 2, 31, 1000, 2048, 6001)
 
 
 @pytest.fixture(params=_native.supported_cpu_levels())
@@ -201,6 +201,42 @@ def test_minus_infinity_columns_count_nothing(level: str, dtype: torch.dtype, pa
     assert torch.allclose(got_W[row_W > -math.inf].double(), want_W, rtol=tolerance, atol=1e-7)
 
 
+def rows_of_uneven_blocks() -> dict[str, Tensor]:
+    """Rows that leave the range of what was seen of them before, in the third of their blocks."""
+    rows = random_logits(7, 10000, torch.float32, seed=4)
+    rows[0, 5000] = 40.0
+    rows[1, 5000:] += 60.0
+    rows[2, 5000] = -300.0
+    rows[3, 5000:5100] = -80.0
+    rows[4] -= 50.0
+    rows[5] = -rows[5].abs()
+    rows[5, 5000] = -0.0
+    rows[6, 5000:] -= 1000.0
+    names = ("peak", "step up", "underflow", "tiny", "below zero", "largest is -0", "step down")
+    return dict(zip(names, rows, strict=True))
+
+
+@pytest.mark.parametrize("target", [0, 5000, NOT_OWNED])
+@pytest.mark.parametrize("pattern", rows_of_uneven_blocks())
+def test_blocks_of_other_magnitude_count_right(
+    level: str, dtype: torch.dtype, pattern: str, target: int
+) -> None:
+    row_W = rows_of_uneven_blocks()[pattern].to(dtype)
+    got_4N = native_backend.row_stats(row_W[None, None], torch.tensor([target]), 1.0, 0.0)
+    want_4N = reference.row_stats(row_W.double()[None, None], torch.tensor([target]), 1.0, 0.0)
+    assert got_4N[0] == want_4N[0]
+    assert torch.allclose(got_4N.double(), want_4N, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [0, 1])
+def test_nan_of_either_sign_shows(level: str, dtype: torch.dtype, sign: int) -> None:
+    logits_OIW = random_logits(1, 9000, dtype)[None]
+    logits_OIW[0, 0, 5000] = math.copysign(math.nan, -sign)
+    for target in (0, 5000):
+        stats_4N = native_backend.row_stats(logits_OIW, torch.tensor([target]), 1.0, 0.0)
+        assert stats_4N[:3].isnan().all()
+
+
 def test_row_of_minus_infinity_has_no_mass(level: str, dtype: torch.dtype) -> None:
     logits_OIW = torch.full((1, 2, 1500), -math.inf, dtype=dtype)
     stats_4N = native_backend.row_stats(logits_OIW, torch.tensor([NOT_OWNED] * 2), 1.0, 0.0)
@@ -293,7 +329,7 @@ def test_confident_token_keeps_relative_accuracy_under_a_softcap(level: str) -> 
 
 def test_target_is_left_out_of_the_sums_alone(level: str, dtype: torch.dtype) -> None:
     logits_NW = random_logits(4, 3000, dtype)
-    ids_N = torch.tensor([0, 1023, 1024, 2999])
+    ids_N = torch.tensor([0, 2047, 2048, 2999])
     removed_NW = logits_NW.scatter(1, ids_N[:, None], -math.inf)
     maximum_NW = logits_NW.amax(1, keepdim=True)
     # With the maximum of each row at its end, both have the same exponents.

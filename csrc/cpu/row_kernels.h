@@ -9,7 +9,7 @@
 namespace onepass {
 
 // Columns that share one maximum, and the granularity of partial sums.
-constexpr int64_t kBlockColumns = 1024;
+constexpr int64_t kBlockColumns = 2048;
 
 inline int64_t num_blocks(int64_t width) { return (width + kBlockColumns - 1) / kBlockColumns; }
 

@@ -102,26 +102,16 @@ Seen see_all(const Element* x, int64_t count) {
   return seen;
 }
 
-template <class Lane, class Lanes>
-Lane largest_lane(Lanes lanes) {
-  // A subscript would keep the vector in memory, also in the loop that it comes from.
-  Lane values[kColumns];
-  store_bits(lanes, values);
-  Lane largest = values[0];
-  for (Lane value : values) largest = value > largest ? value : largest;
-  return largest;
-}
-
 template <class Element, Scaling kScaling>
 float z_of(uint16_t bits, const Transform<kScaling>& transform) {
   return transform(splat(to_float(Element{bits}))).first[0];
 }
 
-// z rises with x.
+// Of a block of which everything has been seen; z rises with x.
 template <class Element, Scaling kScaling>
-Range block_range(const Element* x, int64_t count, const Transform<kScaling>& transform) {
+Range range_of(const LargestAndSmallest& seen, const Element* x, int64_t count,
+               const Transform<kScaling>& transform) {
   constexpr uint16_t kSign = 0x8000u;
-  const auto seen = see_all<LargestAndSmallest>(x, count);
   const uint16_t smallest = largest_lane<uint16_t>(seen.below);
   uint16_t largest = static_cast<uint16_t>(largest_lane<int16_t>(seen.above));
   if (largest >= kSign) {
@@ -132,6 +122,11 @@ Range block_range(const Element* x, int64_t count, const Transform<kScaling>& tr
           smallest >= kSign ? z_of<Element>(smallest, transform) : 0.0f};
 }
 
+template <class Element, Scaling kScaling>
+Range block_range(const Element* x, int64_t count, const Transform<kScaling>& transform) {
+  return range_of(see_all<LargestAndSmallest>(x, count), x, count, transform);
+}
+
 template <class Element>
 void prefetch(const Element* from, int64_t count) {
   for (int64_t j = 0; j < count; j += kCacheLine / int64_t{sizeof(Element)}) {
@@ -139,40 +134,76 @@ void prefetch(const Element* from, int64_t count) {
   }
 }
 
-struct BlockSum {
-  Floats sum = splat(0.0f);
-  Floats weighted = splat(0.0f);
+// Where the range of a block is not asked for.
+struct NothingSeen {
+  void add(Halves) {}
+};
 
-  template <bool kInRange>
-  Floats add(Floats exponent) {
-    if constexpr (!kInRange) exponent = larger(splat(kExpIsZero), exponent);
-    const Floats e = exponential(exponent);
-    sum = sum + e;
-    weighted = fused(exponent, e, weighted);
-    return e;
+template <class Seen>
+struct BlockSum {
+  Floats sum;
+  Floats weighted;
+  Seen seen;
+
+  void add_to(OnlineSoftmax<double>& total) const {
+    total.add(sum_columns(sum), sum_columns(weighted));
   }
 };
 
+template <bool kInRange>
+Floats bounded(Floats exponent) {
+  if constexpr (kInRange) return exponent;
+  return larger(splat(kExpIsZero), exponent);
+}
+
 // kInRange: no exponent is NaN or below kExpIsZero.
-template <class Element, Scaling kScaling, bool kKeep, bool kInRange>
-void sum_block(const Element* x, int64_t count, const Transform<kScaling>& transform, float* kept,
-               const Element* ahead, OnlineSoftmax<double>& total) {
-  const Floats base = splat(total.base());
-  BlockSum block;
+template <bool kInRange, class Seen, Scaling kScaling, bool kKeep, class Element>
+BlockSum<Seen> sum_block(const Element* x, int64_t count, const Transform<kScaling>& transform,
+                         float base_of_block, float* kept, const Element* ahead) {
+  const Floats base = splat(base_of_block);
+  // Variables of their own: the members of a result would be written to memory in every step.
+  Floats sum = splat(0.0f), weighted = splat(0.0f);
+  Seen seen;
   int64_t j = 0;
   for (; j + kColumns <= count; j += kColumns) {
     prefetch(ahead + j, kColumns);
-    const Floats e = block.template add<kInRange>(transform(load(x + j)) - base);
+    seen.add((Halves)load_bits(x + j));
+    const Floats exponent = bounded<kInRange>(transform(load(x + j)) - base);
+    const Floats e = exponential(exponent);
+    sum = sum + e;
+    weighted = fused(exponent, e, weighted);
     if constexpr (kKeep) store(e, kept + j);
   }
   if (j < count) {
     const int rest = static_cast<int>(count - j);
     const Floats z = transform(load_first(x + j, rest)) + absent_after<Element>(rest);
-    const Floats e = block.template add<false>(z - base);
+    const Floats exponent = bounded<false>(z - base);
+    const Floats e = exponential(exponent);
+    sum = sum + e;
+    weighted = fused(exponent, e, weighted);
     if constexpr (kKeep && sizeof(Element) == sizeof(float)) store_first(e, kept + j, rest);
     if constexpr (kKeep && sizeof(Element) != sizeof(float)) store(e, kept + j);
   }
-  total.add(sum_columns(block.sum), sum_columns(block.weighted));
+  return {sum, weighted, seen};
+}
+
+// Few blocks raise the maximum of the row by much. So a whole block of 16-bit logits is summed
+// against the maximum before it, and its range is learnt on the way; false, and nothing added,
+// where it turns out not to fit.
+template <Scaling kScaling, bool kKeep, class Element>
+bool add_if_in_range(const Element* x, const Transform<kScaling>& transform, float* kept,
+                     const Element* ahead, OnlineSoftmax<double>& total) {
+  // Exponents above 0 lose nothing as long as they are small.
+  constexpr float kLargestExponent = 2.0f;
+  const auto block = sum_block<true, LargestAndSmallest, kScaling, kKeep>(
+      x, kBlockColumns, transform, total.max, kept, ahead);
+  const Range range = range_of(block.seen, x, kBlockColumns, transform);
+  const bool in_range =
+      range.largest - total.max < kLargestExponent && range.smallest - total.max > kExpIsZero;
+  if (!in_range) return false;
+  block.add_to(total);
+  total.raise_max(range.largest);
+  return true;
 }
 
 // The block itself, or a copy of it in which the target counts nothing.
@@ -195,16 +226,21 @@ OnlineSoftmax<double> forward_as(const Row& row, const RowTrace& trace) {
     const int64_t count = left < kBlockColumns ? left : kBlockColumns;
     const Element* x = static_cast<const Element*>(row.logits) + start;
     const Element* ahead = next ? next + start : x;
-    const Range range = block_range(x, count, transform);
-    total.raise_max(range.largest);
-    if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
     float* kept = kKeep ? trace.exponentials + start : nullptr;
     const Element* others = without_target(x, count, row.target - start, copy);
-    if (others == x && range.smallest - total.base() > kExpIsZero) {
-      sum_block<Element, kScaling, kKeep, true>(x, count, transform, kept, ahead, total);
-    } else {
-      sum_block<Element, kScaling, kKeep, false>(others, count, transform, kept, ahead, total);
+    if constexpr (sizeof(Element) == 2) {
+      const float base = total.base();
+      if (count == kBlockColumns && others == x && total.max > -__builtin_inff() &&
+          add_if_in_range<kScaling, kKeep>(x, transform, kept, ahead, total)) {
+        if (trace.bases) trace.bases[start / kBlockColumns] = base;
+        continue;
+      }
     }
+    total.raise_max(block_range(x, count, transform).largest);
+    if (trace.bases) trace.bases[start / kBlockColumns] = total.base();
+    sum_block<false, NothingSeen, kScaling, kKeep>(others, count, transform, total.base(), kept,
+                                                   ahead)
+        .add_to(total);
   }
   return total;
 }
@@ -245,7 +281,9 @@ OnlineSoftmax<double> forward_softcapped(const Row& row, const RowTrace& trace) 
       const Floats hole = absent_at<Element>(static_cast<int>(target - group));
       store(load(z + group) + hole, z + group);
     }
-    sum_block<float, Scaling::kNone, false, false>(z, columns, as_it_is, nullptr, z, total);
+    sum_block<false, NothingSeen, Scaling::kNone, false>(z, columns, as_it_is, total.base(),
+                                                         nullptr, z)
+        .add_to(total);
   }
   return total;
 }

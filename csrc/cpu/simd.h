@@ -204,19 +204,31 @@ inline Floats absent_at(int column) {
   return load(buffer);
 }
 
+// The reductions go through an array: with a subscript by a variable the compiler keeps a vector in
+// memory, also in the loop that it is summed up in.
 inline double sum_columns(Floats value) {
+  float columns[kColumns];
+  store(value, columns);
   double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += double{value.first[lane]} + value.second[lane];
+  for (int lane = 0; lane < kLanes; ++lane) sum += double{columns[lane]} + columns[kLanes + lane];
   return sum;
 }
 
 // The largest column that is not NaN; -inf if all are.
 inline float largest_column(Floats value) {
+  float columns[kColumns];
+  store(value, columns);
   float largest = -__builtin_inff();
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (value.first[lane] > largest) largest = value.first[lane];
-    if (value.second[lane] > largest) largest = value.second[lane];
-  }
+  for (float column : columns) largest = column > largest ? column : largest;
+  return largest;
+}
+
+template <class Lane, class Lanes>
+inline Lane largest_lane(Lanes lanes) {
+  Lane values[kColumns];
+  store_bits(lanes, values);
+  Lane largest = values[0];
+  for (Lane value : values) largest = value > largest ? value : largest;
   return largest;
 }
 
