@@ -91,9 +91,11 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()[1:]]
     message = []
     for line in lines:
-        if not line.strip("─- "):
+        # In plain text a rule stands before the message too, below the title.
+        if line.strip("─- "):
+            message.append(line)
+        elif message:
             break
-        message.append(line)
     sentence = re.sub(r"^Error parsing (?!-)[^:]+: |^Error parsing ", "", " ".join(message))
     for pattern, wording in WORDINGS:
         sentence = re.sub(pattern, wording, sentence)
