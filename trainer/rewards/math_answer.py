@@ -10,7 +10,7 @@ from functools import lru_cache
 from trainer.rewards.matching import ascii_forms, normalised_text
 from trainer.rewards.math_parser import parse
 from trainer.rewards.math_tree import AnswerError, Node, UnreadableError, UnsupportedError
-from trainer.rewards.math_vocabulary import PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
+from trainer.rewards.math_vocabulary import ABBREVIATIONS, PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 _LEAD_IN = re.compile(
@@ -28,6 +28,7 @@ _WORDS = re.compile(r"[A-Za-z0-9\s.,;:'\"()&/-]*[A-Za-z]{3}[A-Za-z0-9\s.,;:'\"()
 _ARTICLE = re.compile(r"\b(?:the|a|an)\b")
 _DECIMAL_COMMA = re.compile(r"([+-]?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)", re.ASCII)
 _THOUSANDS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
+_LETTER_UNIT = re.compile(r"(.*[\d})])\s+[mgshLNJWVAKC]")
 _NAMED = re.compile(r"(?P<name>[^=<>+*/\d]*[A-Za-z][^=<>+*/\d]*)=(?P<value>[^=<>]+)")
 _HAS_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 
@@ -46,8 +47,8 @@ class Answer:
     """The letter has a mark: `(B)`, `B.`."""
     readings: tuple[Node, ...]
     """As mathematics; several where the notation is ambiguous."""
-    decimal: Node | None
-    """Read with a decimal comma, where it can be."""
+    numbers: tuple[Node, ...]
+    """Read as a number in a way that only a number as gold suggests: `3,5` or `5 m`."""
     failure: AnswerError | None
     """Why it has no reading as mathematics."""
 
@@ -75,7 +76,9 @@ def read_answer(text: str) -> Answer:
         choice=choice,
         is_marked_choice=is_marked,
         readings=readings,
-        decimal=_decimal_comma(math),
+        numbers=tuple(
+            node for node in (_decimal_comma(math), _with_letter_unit(math)) if node is not None
+        ),
         failure=failure,
     )
 
@@ -149,7 +152,8 @@ def _words(text: str) -> str | None:
         return None
     text = re.sub(r"(?<=[a-z])['-](?=[a-z])", "", text.lower())
     text = re.sub(r"[.,;:'\"()&](?!\d)|(?<!\d)-", " ", text)
-    return " ".join(_ARTICLE.sub(" ", text).split()) or None
+    words = " ".join(_ARTICLE.sub(" ", text).split())
+    return ABBREVIATIONS.get(words, words) or None
 
 
 def _decimal_comma(text: str) -> Node | None:
@@ -159,6 +163,16 @@ def _decimal_comma(text: str) -> Node | None:
     sign, whole, decimals = match.groups()
     value = Fraction(f"{whole.replace('.', '')}.{decimals}")
     return Node("num", value=-value if sign == "-" else value)
+
+
+def _with_letter_unit(text: str) -> Node | None:
+    match = _LETTER_UNIT.fullmatch(text)
+    if match is None:
+        return None
+    try:
+        return parse(match[1])
+    except AnswerError:
+        return None
 
 
 def _is_balanced(text: str) -> bool:

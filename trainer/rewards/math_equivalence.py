@@ -16,7 +16,7 @@ from trainer.rewards.math_relations import (
     solution_interval,
 )
 from trainer.rewards.math_sets import equal_sets, real_set
-from trainer.rewards.math_tree import Node, UndefinedError, integer, walk
+from trainer.rewards.math_tree import Node, UndefinedError, integer, symbols, walk
 from trainer.rewards.math_units import dimension_of, multiplier_of, same_words
 
 MAX_UNORDERED = 40
@@ -41,10 +41,11 @@ def equal_answers(gold: Answer, answer: Answer) -> bool:
             return True
         if gold.is_marked_choice and gold.choice.upper() == answer.choice.upper():
             return True
-    readings = answer.readings
-    if answer.decimal is not None:
-        readings = (*readings, answer.decimal)
-    return any(_equal(one, other) for one in gold.readings for other in readings)
+    for one in gold.readings:
+        numbers = () if symbols(one) else answer.numbers
+        if any(_equal(one, other) for other in (*answer.readings, *numbers)):
+            return True
+    return False
 
 
 def _equal(gold: Node, answer: Node) -> bool:

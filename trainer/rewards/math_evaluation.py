@@ -21,7 +21,8 @@ MAX_BITS = 2e8
 MAX_ANGLE = 1e12
 MAX_FACTORIAL = 1e7
 MAX_TERMS = 400
-MAX_STEPS = 60_000
+MAX_STEPS = 100_000
+"""Nodes evaluated in the comparison of one answer with one gold."""
 MAX_MATRIX_SIDE = 6
 
 _WHOLE_TOLERANCE = mpf(10) ** -25
@@ -41,14 +42,28 @@ def evaluate(node: Node, point: dict[str, mpf]) -> Number:
         raise UndefinedError(str(error)) from error
 
 
+class _Budget:
+    """Steps that are left; one of them per process, which compares one answer at a time."""
+
+    def __init__(self) -> None:
+        self.steps = MAX_STEPS
+
+
+_budget = _Budget()
+
+
+def renew_budget() -> None:
+    """Start the count of steps for the next comparison."""
+    _budget.steps = MAX_STEPS
+
+
 class _Evaluator:
     def __init__(self, point: dict[str, mpf]) -> None:
         self._point = point
-        self._steps = 0
 
     def value(self, node: Node) -> Number:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
+        _budget.steps -= 1
+        if _budget.steps < 0:
             raise TooCostlyError(f"more than {MAX_STEPS} steps")
         if node.kind in _OPERATIONS:
             return _OPERATIONS[node.kind]([self.value(arg) for arg in node.args])

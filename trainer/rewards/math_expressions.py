@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 
@@ -18,6 +20,8 @@ from trainer.rewards.math_tree import (
 from trainer.rewards.math_vocabulary import FUNCTIONS, GREEK
 
 MAX_NESTING = 40
+MAX_MARKS = 12
+"""Signs in a row before a value, and marks such as ! and ' in a row after it."""
 
 _NEEDS_ALGEBRA = frozenset("int lim partial nabla iint iiint oint limsup liminf".split())
 _INVERSES = {name: f"arc{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
@@ -77,24 +81,33 @@ class ExpressionParser(ABC):
 
     def expression(self) -> Node:
         """Terms joined by + - and plus-or-minus."""
-        self._nesting += 1
-        if self._nesting > MAX_NESTING:
-            raise TooCostlyError(f"nested deeper than {MAX_NESTING}")
         terms = [self._signed_term()]
         while self.at_op("+", "-") or self.at_command("pm", "mp"):
             if self.peek().text == "+":
                 self.take()
             terms.append(self._signed_term())
-        self._nesting -= 1
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
     def _signed_term(self) -> Node:
+        signs = self._signs()
+        return _signed(self._ratio(), signs)
+
+    def _signs(self) -> list[str]:
         signs = []
         while self.at_op("+", "-") or self.at_command("pm", "mp"):
             signs.append(self.take().text)
-        node = self._term()
-        for sign in reversed(signs):
-            node = {"+": node}.get(sign) or Node({"-": "neg"}.get(sign, sign), (node,))
+        if len(signs) > MAX_MARKS:
+            raise TooCostlyError(f"more than {MAX_MARKS} signs in a row")
+        return signs
+
+    def _ratio(self) -> Node:
+        parts = [self._term()]
+        while self.at_op(":") and not self._colon_stops:
+            self.take()
+            parts.append(self._term())
+        node = parts.pop()
+        while parts:
+            node = Node("ratio", (parts.pop(), node))
         return node
 
     def _term(self) -> Node:
@@ -112,9 +125,6 @@ class ExpressionParser(ABC):
             elif self.at_command("bmod"):
                 self.take()
                 factors = [Node("call", (_product(factors), self._signed_factor()), "mod")]
-            elif self.at_op(":") and not self._colon_stops:
-                self.take()
-                factors = [Node("ratio", (_product(factors), self._term()))]
             elif self._starts_factor():
                 factors = self._with_factor(factors)
             else:
@@ -146,11 +156,8 @@ class ExpressionParser(ABC):
         return _product(factors)
 
     def _signed_factor(self) -> Node:
-        if self.at_op("-", "+"):
-            sign = self.take().text
-            node = self._signed_factor()
-            return Node("neg", (node,)) if sign == "-" else node
-        return self._factor()
+        signs = self._signs()
+        return _signed(self._factor(), signs)
 
     def _starts_factor(self) -> bool:
         token = self.peek()
@@ -167,7 +174,11 @@ class ExpressionParser(ABC):
     def _factor(self) -> Node:
         """A primary with its subscripts, powers, factorials, primes, degrees and percent signs."""
         node = self._with_argument(self._primary())
+        marks = 0
         while True:
+            marks += 1
+            if marks > MAX_MARKS:
+                raise TooCostlyError(f"more than {MAX_MARKS} marks after a value")
             if self.at_op("!"):
                 self.take()
                 node = Node("call", (node,), "factorial")
@@ -227,23 +238,17 @@ class ExpressionParser(ABC):
 
     def _script(self) -> Node:
         """An exponent: braces, or one primary, which may have a sign and an exponent of its own."""
-        if self.at_op("-", "+"):
-            sign = self.take().text
-            node = self._script()
-            return Node("neg", (node,)) if sign == "-" else node
+        signs = self._signs()
         has_braces = self.at_op("{")
-        self._nesting += 1
-        if self._nesting > MAX_NESTING:
-            raise TooCostlyError(f"nested deeper than {MAX_NESTING}")
         node = self._primary()
-        while self.at_op("!"):
+        if self.at_op("!"):
             self.take()
             node = Node("call", (node,), "factorial")
         if not has_braces and self.at_op("^"):
             self.take()
-            node = self._power(node)
-        self._nesting -= 1
-        return node
+            with self._deeper():
+                node = self._power(node)
+        return _signed(node, signs)
 
     def _subscripted(self, node: Node) -> Node:
         label = self._label()
@@ -269,8 +274,19 @@ class ExpressionParser(ABC):
             raise UnreadableError("an unclosed brace")
         return "".join(pieces)
 
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        self._nesting += 1
+        if self._nesting > MAX_NESTING:
+            raise TooCostlyError(f"nested deeper than {MAX_NESTING}")
+        yield
+        self._nesting -= 1
+
     def _primary(self) -> Node:
-        token = self.take()
+        with self._deeper():
+            return self._unmarked(self.take())
+
+    def _unmarked(self, token: Token) -> Node:
         if token.kind == "number":
             return Node("num", value=token.value if token.value is not None else Fraction(0))
         if token.kind == "letter":
@@ -476,6 +492,13 @@ class ExpressionParser(ABC):
         cells = tuple(cell for row in rows for cell in row)
         matrix = Node("matrix", cells, len(rows[0]))
         return Node("call", (matrix,), "det") if name == "vmatrix" else matrix
+
+
+def _signed(node: Node, signs: list[str]) -> Node:
+    for sign in reversed(signs):
+        if sign != "+":
+            node = Node("neg" if sign == "-" else sign, (node,))
+    return node
 
 
 def _product(factors: list[Node]) -> Node:

@@ -18,6 +18,9 @@ def as_matrix(node: Node) -> Node | None:
         return _from_rows(node)
     if node.kind == "call" and node.value == "transpose":
         inner = as_matrix(node.args[0])
+        is_row = node.args[0].kind == "seq" and inner is not None and inner.columns == 1
+        if is_row:
+            return inner
         return None if inner is None else _transposed(inner)
     if node.kind == "neg":
         return _scaled(node.args[0], integer(-1))

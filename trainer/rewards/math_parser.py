@@ -31,7 +31,7 @@ def parse(text: str, *, thousands: bool = True, tight: bool = False) -> Node:
         TooCostlyError: too long or too deeply nested.
     """
     parser = _AnswerParser(tokenise(text, thousands=thousands), tight)
-    if parser.at_op("="):
+    if parser.at_op("=", "~"):
         parser.take()
     node = parser.items("end")
     if parser.peek().kind != "end":
@@ -54,6 +54,8 @@ class _AnswerParser(ExpressionParser):
                 separators.pop()
                 break
             clauses.append(self._clause())
+        # "k in Z" after a comma says what a letter stands for.
+        clauses = [clauses[0], *(clause for clause in clauses[1:] if not _is_declaration(clause))]
         if len(clauses) == 1:
             return clauses[0]
         if all(clause.kind == "rel" for clause in clauses) and len(set(separators)) == 1:
@@ -62,7 +64,7 @@ class _AnswerParser(ExpressionParser):
         return Node("seq", tuple(clauses))
 
     def _ends_list(self) -> bool:
-        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}")
+        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}", "&", "\\\\")
 
     def _clause(self) -> Node:
         sides, operators = [self._side()], []
@@ -87,9 +89,14 @@ class _AnswerParser(ExpressionParser):
 
     def _set_operand(self) -> Node:
         node = self.expression()
-        while is_set(node) and self.at_op("-"):
+        if self.at_command("choose"):
             self.take()
-            node = Node("difference", (node, self.expression()))
+            return Node("call", (node, self.expression()), "binom")
+        if self.at_command("over"):
+            self.take()
+            return Node("div", (node, self.expression()))
+        if node.kind == "add" and is_set(node.args[0]):
+            return _set_difference(node)
         return node
 
     def _with_unit(self, node: Node) -> Node:
@@ -126,6 +133,20 @@ def is_set(node: Node) -> bool:
     if node.kind == "seq":
         return node.value == "{}" or (len(node.args) == 2 and node.value not in ("", "<>"))
     return node.kind in ("set", "union", "intersection", "difference", "builder")
+
+
+def _set_difference(node: Node) -> Node:
+    """`R - {0}`, where it was read as a sum."""
+    result, *others = node.args
+    for other in others:
+        if other.kind != "neg" or not is_set(other.args[0]):
+            return node
+        result = Node("difference", (result, other.args[0]))
+    return result
+
+
+def _is_declaration(clause: Node) -> bool:
+    return clause.kind == "rel" and clause.operators == ("in",) and clause.args[1].kind == "set"
 
 
 def _check_depth(node: Node) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from trainer.rewards.math_tree import Node
+from trainer.rewards.math_tree import Node, integer
 
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -102,8 +102,16 @@ PHRASES = {
     **{"no solution": _NOTHING, "no solutions": _NOTHING, "empty set": _NOTHING},
     **{"no real solution": _NOTHING, "no real solutions": _NOTHING, "the empty set": _NOTHING},
     **{"infinity": Node("const", value="oo")},
+    **{
+        word: integer(value)
+        for value, word in enumerate(
+            "zero one two three four five six seven eight nine ten eleven twelve".split()
+        )
+    },
 }
 """What some phrases stand for."""
+
+ABBREVIATIONS = {"dne": "does not exist"}
 
 MULTIPLIERS = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
@@ -133,8 +141,8 @@ ml mL milliliter milliliters millilitre millilitres | L3 | 1/1000000
 dollar dollars usd USD bucks | D1 | 1
 cent cents | D1 | 1/100
 euro euros | E1 | 1
-n N newton newtons | M1L1T-2 | 1
-j J joule joules | M1L2T-2 | 1
+N newton newtons | M1L1T-2 | 1
+J joule joules | M1L2T-2 | 1
 kJ kilojoule kilojoules | M1L2T-2 | 1000
 W watt watts | M1L2T-3 | 1
 kW kilowatt kilowatts | M1L2T-3 | 1000
