@@ -16,7 +16,13 @@ from typing import IO, Any, Literal, NoReturn
 from trainer.rewards import code_driver
 from trainer.rewards.code_checker import outputs_match, values_match
 from trainer.rewards.code_process import Capture, watch
-from trainer.rewards.code_sandbox import BoxProcess, Limits, Sandbox, passed_data
+from trainer.rewards.code_sandbox import (
+    BoxProcess,
+    Limits,
+    Sandbox,
+    SandboxUnavailable,
+    passed_data,
+)
 from trainer.rewards.code_tests import CheckTest, FunctionTest, StdinTest
 
 TestStatus = Literal[
@@ -32,20 +38,22 @@ TestStatus = Literal[
 """`crash`: ended by an exception, a signal or a limit other than time. `sandbox_error`: the sandbox
 failed to run the program. `not_run`: an earlier test made it pointless."""
 
-_COMPILE_LIMITS = Limits(
-    cpu_seconds=10,
-    wall_slack_seconds=10,
-    memory_bytes=2 << 30,
-    file_bytes=64 << 20,
-    tmp_bytes=256 << 20,
-    output_bytes=16 << 20,
-)
 _COMPILE_FLAGS = ("-std=gnu++20", "-O2", "-x", "c++")
 _COMPILE_SCRIPT = """
 folder=$(mktemp -d) && "$@" -o "$folder/program" && cat "$folder/program"
 code=$?
 rm -rf "$folder"
 exit $code
+"""
+_COMPILE_DRIVER = """
+import marshal, sys
+source = open(int(sys.argv[1]), "rb").read()
+code = compile(source, "code_driver.py", "exec", dont_inherit=True, optimize=2)
+sys.stdout.buffer.write(marshal.dumps(code))
+"""
+_RUN_DRIVER = """
+import marshal, sys
+exec(marshal.loads(open(int(sys.argv.pop(1)), "rb").read()))
 """
 _OUT_OF_CPU_EXIT = 128 + signal.SIGXCPU
 _KILLED_EXIT = 128 + signal.SIGKILL
@@ -80,9 +88,29 @@ class Runner:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._driver = Path(code_driver.__file__).read_bytes()
+        self._driver = self._compiled_driver()
 
-    def compile_cpp(self, source: bytes, compiler: str) -> bytes | TestOutcome:
+    def _compiled_driver(self) -> bytes:
+        """The driver's bytecode, made by the interpreter that will run it."""
+        limits = Limits()
+        with contextlib.ExitStack() as stack:
+            source_fd = stack.enter_context(passed_data(Path(code_driver.__file__).read_bytes()))
+            box = stack.enter_context(
+                self._sandbox.start(
+                    self._sandbox.python_command(_COMPILE_DRIVER, str(source_fd)),
+                    limits,
+                    pass_fds=[source_fd],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+            output, errors = _output_captures(box, limits.output_bytes)
+            ending = watch(box.process.pid, [output, errors], wall_seconds=limits.wall_seconds)
+            if ending != "exited" or box.exit_code() != 0:
+                raise SandboxUnavailable(f"code sandbox: no Python in it: {_tail(errors)}")
+            return bytes(output.data)
+
+    def compile_cpp(self, source: bytes, compiler: str, limits: Limits) -> bytes | TestOutcome:
         """The binary, or the outcome of every test where there is none."""
         with contextlib.ExitStack() as stack:
             source_fd = stack.enter_context(passed_data(source))
@@ -90,16 +118,14 @@ class Runner:
             box = stack.enter_context(
                 self._sandbox.start(
                     ["/bin/sh", "-c", _COMPILE_SCRIPT, "sh", compiler, *arguments],
-                    _COMPILE_LIMITS,
+                    limits,
                     pass_fds=[source_fd],
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                 )
             )
-            binary, errors = _output_captures(box, _COMPILE_LIMITS.output_bytes)
-            ending = watch(
-                box.process.pid, [binary, errors], wall_seconds=_COMPILE_LIMITS.wall_seconds
-            )
+            binary, errors = _output_captures(box, limits.output_bytes)
+            ending = watch(box.process.pid, [binary, errors], wall_seconds=limits.wall_seconds)
             if ending != "exited":
                 detail = "compiler ran out of time" if ending == "wall" else "too much output"
                 return TestOutcome(status="compile_error", detail=detail)
@@ -122,7 +148,7 @@ class Runner:
             if program.is_python:
                 driver_fd = stack.enter_context(passed_data(self._driver))
                 fds.append(driver_fd)
-                command = self._sandbox.python_command(driver_fd, "stdin", str(content_fd))
+                command = self._driver_command(driver_fd, "stdin", content_fd)
             box = stack.enter_context(
                 self._sandbox.start(
                     command,
@@ -229,15 +255,17 @@ class Runner:
     ) -> BoxProcess:
         driver_fd = stack.enter_context(passed_data(self._driver))
         request_fd = stack.enter_context(passed_data(json.dumps(request).encode()))
-        arguments = [mode, str(request_fd), *map(str, fds)]
         return stack.enter_context(
             self._sandbox.start(
-                self._sandbox.python_command(driver_fd, *arguments),
+                self._driver_command(driver_fd, mode, request_fd, *fds),
                 limits,
                 pass_fds=[driver_fd, request_fd, *fds],
                 stderr=subprocess.PIPE,
             )
         )
+
+    def _driver_command(self, driver_fd: int, mode: str, *fds: int) -> list[str]:
+        return self._sandbox.python_command(_RUN_DRIVER, str(driver_fd), mode, *map(str, fds))
 
 
 def _judge_result(line: bytes, test: FunctionTest) -> TestOutcome:
