@@ -101,9 +101,9 @@ def test_total_is_the_sum_of_the_weighted_parts() -> None:
 
 
 def test_part_without_weight_is_not_computed_but_accuracy_and_format_are() -> None:
-    (reward,) = score_group([attempt(GOOD)], accuracy_weight=0.0, format_weight=0.0)
+    (reward,) = score_group([attempt(GOOD)], format_weight=0.0)
     assert reward.parts == {"accuracy": 1.0, "format": 1.0}
-    assert reward.total == 0.0
+    assert reward.total == 1.0
 
 
 @pytest.mark.parametrize(("buffer", "expected"), [(None, -0.5), (40, -0.75), (0, 0.0)])
@@ -257,10 +257,15 @@ def test_users_functions_get_the_columns_and_add_up(user_module: str) -> None:
     assert [reward.total for reward in rewards] == pytest.approx([1.2 + 1.55 + 1, 0.2 + 1.55, 2.2])
 
 
-def test_completion_left_out_of_every_part_has_no_reward(user_module: str) -> None:
-    rewards = score_group([attempt(GOOD), attempt(WRONG)], reward=(f"{user_module}:Holder.nested",))
-    parts = {"accuracy": None, "format": None, "Holder.nested": None}
-    assert rewards[1].total == 0.2 and set(parts) == set(rewards[1].parts)
+def test_completion_left_out_of_every_weighted_part_has_no_reward(user_module: str) -> None:
+    right, wrong = score_group(
+        [attempt(GOOD), attempt(WRONG)],
+        reward=(f"{user_module}:Holder.nested",),
+        accuracy_weight=0.0,
+        format_weight=0.0,
+    )
+    assert (right.total, wrong.total) == (1.0, None)
+    assert wrong.parts == {"accuracy": 0.0, "format": 1.0, "Holder.nested": None}
 
 
 @pytest.mark.parametrize(

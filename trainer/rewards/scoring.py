@@ -52,7 +52,8 @@ class Reward:
     """What one completion earned, part by part."""
 
     total: float | None
-    """Sum of the parts times their weights; None: the completion is left out of the loss."""
+    """Sum of the parts times their weights; None where no part with a weight has a value: the
+    completion is left out of its group and of the loss."""
     parts: Parts
     """Value of each part by name, without its weight; None: left out of this part."""
     extracted: str | None
@@ -252,7 +253,9 @@ class Scorer:
             }
         if not attempt.truncated or self.options.truncated == "zero":
             weighted = [
-                self.weights[name] * value for name, value in parts.items() if value is not None
+                self.weights[name] * value
+                for name, value in parts.items()
+                if value is not None and self.weights[name]
             ]
             total = sum(weighted) if weighted else None
         return Reward(
