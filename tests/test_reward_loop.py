@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from trainer.config import (
-    PRESETS,
     LossOptions,
     OptimizerOptions,
     RewardOptions,
@@ -23,6 +22,7 @@ from trainer.config import (
 )
 from trainer.fsdp import World
 from trainer.policy_update import Policy, PolicyUpdate, UpdateSample, make_optimizer
+from trainer.presets import PRESETS
 from trainer.rewards import CodeGrader, FunctionTest, SandboxUnavailable, Scorer
 from trainer.rewards.grading import STATUSES, Attempt
 from trainer.rewards.scoring import Reward

@@ -9,7 +9,8 @@ from dataclasses import fields
 
 import tyro
 
-from trainer.config import PRESETS, TrainConfig, UsageError
+from trainer.config import TrainConfig, UsageError
+from trainer.presets import PRESETS
 
 DEFAULT_PRESET = "r1-zero-tiny"
 # Python's own messages for a value that is not a number, in the words of all other messages.
