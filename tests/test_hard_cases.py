@@ -262,12 +262,12 @@ IDS = [250, 2, -100, 1, 1, 300]
 
 
 def shard_rows() -> Tensor:
-    """Six rows: first shard all -inf; offset 1e4; ignored NaN; p = 1 - 1e-12; -200; ordinary."""
+    """Six rows: first shard all -inf; offset 1e4; ignored NaN; p = 1 - 1e-10; -200; ordinary."""
     logits_NV = random_logits(6, SHARDS[-1], torch.float32, "cpu")
     logits_NV[0, : SHARDS[1]] = -math.inf
     logits_NV[1] += 1e4
     logits_NV[2] = math.nan
-    logits_NV[3, 1] = 3 + logits_NV[3, 2:].logsumexp(0) + 12 * math.log(10)
+    logits_NV[3, 1] = logits_NV[3, 2:].logsumexp(0) + 10 * math.log(10)
     logits_NV[4] -= 200
     return logits_NV
 
@@ -296,6 +296,8 @@ def check_shard(rank: int, rendezvous: str, backend: str) -> None:
         (gradient[:, :-5], weighted_gradient(whole, logprobs, entropy)[:, columns]),
     ):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    # Of a log-prob of -1e-10 float64's log_softmax itself has no more than four digits.
+    assert out.logprobs[3].item() == pytest.approx(logprobs[3].item(), rel=1e-4, abs=0)
     assert bool((gradient[:, -5:] == 0).all()) and bool((gradient[2] == 0).all())
     dist.destroy_process_group()
 
@@ -339,7 +341,6 @@ def test_10_token_ids_of_any_alignment_and_stride(
             assert torch.equal(got, value)
 
 
-@pytest.mark.xfail(strict=True, reason="the sum over the row still holds the target itself")
 @pytest.mark.parametrize("doubt", [1e-7, 1e-12, 1e-20, 1e-30])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_11_confident_targets_keep_relative_accuracy(
@@ -381,7 +382,8 @@ def test_11_confident_targets_keep_relative_accuracy(
         gradient_V = torch.autograd.grad(value, leaf, retain_graph=True)[0][0].double()
         assert gradient_V[7].item() == pytest.approx(at_target.item(), rel=rtol, abs=0)
         got_V = torch.cat([gradient_V[:7], gradient_V[8:]])
-        torch.testing.assert_close(got_V, at_others_V, rtol=rtol, atol=TINY)
+        # A p below TINY may be flushed to 0; the entropy's gradient is p times up to 90.
+        torch.testing.assert_close(got_V, at_others_V, rtol=rtol, atol=100 * TINY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
