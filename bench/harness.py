@@ -7,6 +7,7 @@ outside the clock. Nothing passes or fails on speed.
 
 import ctypes
 import gc
+import os
 import platform
 import subprocess
 import time
@@ -155,6 +156,7 @@ def machine() -> dict[str, str]:
     facts = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_model(),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f} at the start",
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
     }

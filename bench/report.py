@@ -211,14 +211,13 @@ def error_summary(record: Record) -> str:
 def markdown(record: Record) -> str:
     """The whole report."""
     missing = [
-        f"- {reason} ({len(cases)} cases, among them {cases[0]})"
+        f"- {reason}: {cases[0]}" + f", and {len(cases) - 1} more" * (len(cases) > 1)
         for reason, cases in record.missing.items()
     ]
+    speed = ["## Speed and memory", SPEED_LEGEND, speed_table(record)]
     sections = [
         ", ".join(f"{name} {value}" for name, value in record.machine.items()),
-        "## Speed and memory",
-        SPEED_LEGEND,
-        speed_table(record),
+        *(speed if any(row.rounds for row in record.rows) else []),
         "## Error: largest over losses and shapes",
         ERROR_LEGEND,
         error_summary(record),
