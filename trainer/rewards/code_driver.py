@@ -161,7 +161,6 @@ def _describe(error: BaseException) -> str:
 
 
 def _failure(error: BaseException, stage: str) -> dict[str, str]:
-    # compile() reports bad source with these; afterwards they are exceptions like any other.
     if stage == "load" and isinstance(error, SyntaxError):
         stage = "compile"
     return {"failed": stage, "type": type(error).__name__, "detail": _describe(error)}
@@ -187,15 +186,14 @@ def _run_function(request_file: BinaryIO, result_file: BinaryIO) -> None:
     import json
 
     request = json.load(request_file)
-    stage, reply = "load", {}
+    stage = "load"
     # Whatever a program raises, SystemExit included, is its result and must not end the driver.
     try:
         function = _load_entry(request)
         stage = "call"
         value = function(*request["arguments"])
         stage = "value"
-        reply = {"value": plain_value(value)}
-        line = json.dumps(reply)
+        line = json.dumps({"value": plain_value(value)})
     except BaseException as error:
         line = json.dumps(_failure(error, stage))
     _send(result_file, line)
@@ -267,7 +265,8 @@ def _run_check(
         loaded = receive()
         if "loaded" not in loaded:
             status = "compile_error" if loaded.get("failed") == "compile" else "crash"
-            verdict = {"status": status, "detail": str(loaded.get("detail"))}
+            detail = str(loaded.get("detail"))[:_MAX_DETAIL_CHARS]
+            verdict = {"status": status, "detail": detail}
         else:
             namespace: dict[str, Any] = {"__name__": "check"}
             exec(compile(request["setup"], "setup.py", "exec", dont_inherit=True), namespace)

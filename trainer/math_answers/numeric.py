@@ -14,8 +14,8 @@ from fractions import Fraction
 
 from mpmath import mp, mpf
 
-from trainer.rewards.math_evaluation import Number, evaluate
-from trainer.rewards.math_tree import Node, UndefinedError, symbols, walk
+from trainer.math_answers.evaluation import Number, evaluate
+from trainer.math_answers.tree import Node, UndefinedError, symbols, walk
 
 DIGITS = 40
 MORE_DIGITS = 80

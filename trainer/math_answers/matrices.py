@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.rewards.math_tree import Node, integer
+from trainer.math_answers.tree import Node, integer
 
 MAX_CELLS = 100
 

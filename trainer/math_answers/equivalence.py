@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trainer.rewards.math_answer import Answer
-from trainer.rewards.math_matrices import as_matrix
-from trainer.rewards.math_numeric import equal_expressions
-from trainer.rewards.math_parser import is_set
-from trainer.rewards.math_relations import (
+from trainer.math_answers.matrices import as_matrix
+from trainer.math_answers.numeric import equal_expressions
+from trainer.math_answers.parser import is_set
+from trainer.math_answers.reading import Answer
+from trainer.math_answers.relations import (
     assigned_values,
     equal_relations,
     is_relation,
     solution_interval,
 )
-from trainer.rewards.math_sets import equal_sets, real_set
-from trainer.rewards.math_tree import Node, UndefinedError, integer, symbols, walk
-from trainer.rewards.math_units import dimension_of, multiplier_of, same_words
+from trainer.math_answers.sets import equal_sets, real_set
+from trainer.math_answers.tree import Node, UndefinedError, integer, symbols, walk
+from trainer.math_answers.units import dimension_of, multiplier_of, same_words
 
 MAX_UNORDERED = 40
 

@@ -7,10 +7,10 @@ import re
 
 import math_verify
 
-from trainer.rewards.math_answer import Answer, read_answer
-from trainer.rewards.math_equivalence import equal_answers
-from trainer.rewards.math_evaluation import renew_budget
-from trainer.rewards.math_tree import TooCostlyError, UnreadableError, UnsupportedError
+from trainer.math_answers.equivalence import equal_answers
+from trainer.math_answers.evaluation import renew_budget
+from trainer.math_answers.reading import Answer, read_answer
+from trainer.math_answers.tree import TooCostlyError, UnreadableError, UnsupportedError
 
 MATH_VERIFY_DECIMALS = 6
 """Places to which math-verify rounds decimals by default."""

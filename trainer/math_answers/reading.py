@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from trainer.rewards.matching import ascii_forms, normalised_text
-from trainer.rewards.math_parser import parse
-from trainer.rewards.math_tree import AnswerError, Node, UnreadableError, UnsupportedError
-from trainer.rewards.math_vocabulary import ABBREVIATIONS, PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
+from trainer.math_answers.normalisation import ascii_forms, normalised_text
+from trainer.math_answers.parser import parse
+from trainer.math_answers.tree import AnswerError, Node, UnreadableError, UnsupportedError
+from trainer.math_answers.vocabulary import ABBREVIATIONS, PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 _LEAD_IN = re.compile(

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from mpmath import mp
 
-from trainer.rewards.math_numeric import (
+from trainer.math_answers.numeric import (
     constant_value,
     equal_constants,
     equal_expressions,
     ratio_of,
 )
-from trainer.rewards.math_sets import equal_sets, real_set
-from trainer.rewards.math_tree import Node, UndefinedError, symbols, walk
+from trainer.math_answers.sets import equal_sets, real_set
+from trainer.math_answers.tree import Node, UndefinedError, symbols, walk
 
 MAX_RELATIONS = 40
 ROUNDING_OF_APPROXIMATIONS = 0.02

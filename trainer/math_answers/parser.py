@@ -1,4 +1,4 @@
-"""Reads tokens into a tree: lists, relations and sets here, expressions in `math_expressions`.
+"""Reads tokens into a tree: lists, relations and sets here, expressions in `expressions`.
 
 A hand-written descent over a closed grammar: what it does not know is refused, nothing is
 evaluated, and its recursion is bounded.
@@ -6,10 +6,10 @@ evaluated, and its recursion is bounded.
 
 from __future__ import annotations
 
-from trainer.rewards.math_expressions import ExpressionParser
-from trainer.rewards.math_tokens import tokenise
-from trainer.rewards.math_tree import Node, TooCostlyError, UnreadableError
-from trainer.rewards.math_vocabulary import is_unit_stop
+from trainer.math_answers.expressions import ExpressionParser
+from trainer.math_answers.tokens import tokenise
+from trainer.math_answers.tree import Node, TooCostlyError, UnreadableError
+from trainer.math_answers.vocabulary import is_unit_stop
 
 MAX_TREE_DEPTH = 150
 
@@ -21,7 +21,7 @@ def parse(text: str, *, thousands: bool = True, tight: bool = False) -> Node:
     """The tree of an answer.
 
     Args:
-        text: normalised as `math_answer` does.
+        text: normalised as `reading` does.
         thousands: as `tokenise`.
         tight: read `1/2x` as 1/(2x), not as (1/2)x.
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from mpmath import mp, mpc, mpf
 
-from trainer.rewards.math_tree import Node, TooCostlyError, UndefinedError
+from trainer.math_answers.tree import Node, TooCostlyError, UndefinedError
 
 Number: TypeAlias = "mpf | mpc"
 

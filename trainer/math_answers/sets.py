@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mpmath import mp, mpf
 
-from trainer.rewards.math_numeric import constant_value, equal_constants
-from trainer.rewards.math_tree import Node, symbols
+from trainer.math_answers.numeric import constant_value, equal_constants
+from trainer.math_answers.tree import Node, symbols
 
 MAX_PIECES = 200
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from trainer.rewards.math_vocabulary import MULTIPLIERS, UNITS
+from trainer.math_answers.vocabulary import MULTIPLIERS, UNITS
 
 _PIECE = re.compile(r"[A-Za-z]+|-?\d+|/")
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}

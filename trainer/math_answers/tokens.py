@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from trainer.rewards.math_tree import TooCostlyError, UnreadableError
-from trainer.rewards.math_vocabulary import (
+from trainer.math_answers.tree import TooCostlyError, UnreadableError
+from trainer.math_answers.vocabulary import (
     DROPPED_COMMANDS,
     OPERATOR_COMMANDS,
     RENAMED_COMMANDS,
@@ -66,7 +66,7 @@ def tokenise(text: str, *, thousands: bool = True) -> list[Token]:
     """The tokens of a text, without an end mark.
 
     Args:
-        text: normalised as `math_answer` does.
+        text: normalised as `reading` does.
         thousands: read `1,234` outside brackets as one number, not as a list of two.
 
     Raises:

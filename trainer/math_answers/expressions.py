@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 
-from trainer.rewards.math_tokens import END, Token
-from trainer.rewards.math_tree import (
+from trainer.math_answers.tokens import END, Token
+from trainer.math_answers.tree import (
     Node,
     TooCostlyError,
     UnreadableError,
@@ -17,7 +17,7 @@ from trainer.rewards.math_tree import (
     integer,
     walk,
 )
-from trainer.rewards.math_vocabulary import FUNCTIONS, GREEK
+from trainer.math_answers.vocabulary import FUNCTIONS, GREEK
 
 MAX_NESTING = 40
 MAX_MARKS = 12
