@@ -74,7 +74,8 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     tokenizer, positions = load_tokenizer(source), model_positions(source)
     template = _template(options, tokenizer)
     results: Results = {}
-    with Scorer(options.reward, template, max_new_tokens=positions) as scorer:
+    runs_code = any(one.tests for of_suite in problems.values() for one in of_suite)
+    with Scorer(options.reward, template, max_new_tokens=positions, runs_code=runs_code) as scorer:
         prompter = Prompter(tokenizer, template, scorer, max_prompt_tokens=positions - 1)
         sampling = {
             suite_name(each): _sampling(

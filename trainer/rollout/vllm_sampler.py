@@ -64,7 +64,7 @@ class VllmSampler:
                 dtype=dtype,
                 max_model_len=max_tokens,
                 enforce_eager=device.type == "cpu",
-                distributed_executor_backend="external_launcher",
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
                 logprobs_mode="processed_logprobs",
                 seed=0,
             )
