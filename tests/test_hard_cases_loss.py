@@ -1,4 +1,4 @@
-"""The hard cases of losses and rewards, on every backend: groups 12, 13 and 18 to 20.
+"""The hard cases of losses and rewards, on every backend: groups 8, 9, 12, 13 and 18 to 20.
 
 `test_hard_cases.py` says what the numbers are. The truth is a closed form, or plain PyTorch in
 float64.
@@ -38,6 +38,41 @@ def target_logits(logprobs: list[float], device: str) -> Tensor:
     """A leaf whose column 0 has these log-probs."""
     logits_NV = logits_with_logprobs(logprobs, 9, torch.float32)
     return logits_NV.to(device).requires_grad_()
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "gmpo", "vespo"])
+def test_08_every_token_masked(backend: str, device: str, preset: str) -> None:
+    leaf = target_logits([-1.5] * 6, device)
+    out = kernels.policy_loss(
+        leaf,
+        torch.zeros(6, dtype=torch.long, device=device),
+        torch.full((6,), -1.0, device=device),
+        spec=LossSpec.preset(preset, kl="k3", kl_weight=0.1, entropy_weight=0.1),
+        rewards=torch.tensor([0.0, 1.0], device=device),
+        group_size=2,
+        cu_seqlens=torch.tensor([0, 4, 6], device=device),
+        ref_logprobs=torch.full((6,), -2.0, device=device),
+        mask=torch.zeros(6, device=device),
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0 and bool((leaf.grad == 0).all())
+    assert all(bool(value.isfinite()) for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "linear_token_logprobs", "linear_policy_loss"])
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_09_token_beyond_the_vocabulary_raises(op: str, wrong: int) -> None:
+    features = (torch.zeros(2, 4), torch.zeros(10, 4))
+    if op == "policy_loss":
+        features = (torch.zeros(2, 10),)
+    arguments = dict(old_logprobs=None, spec=LossSpec(), advantages=torch.zeros(1))
+    with pytest.raises(ValueError, match=rf"ids in \[0, 10\) or -100, got {wrong} at token 1"):
+        getattr(kernels, op)(
+            *features,
+            token_ids=torch.tensor([0, wrong]),
+            **(arguments if op.endswith("policy_loss") else {}),
+        )
 
 
 def test_12_ignored_slots_hold_anything(backend: str, device: str) -> None:
