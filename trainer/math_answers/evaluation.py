@@ -28,15 +28,18 @@ MAX_MATRIX_SIDE = 6
 _WHOLE_TOLERANCE = mpf(10) ** -25
 
 
-def evaluate(node: Node, point: dict[str, mpf]) -> Number:
+def evaluate(node: Node, point: dict[str, mpf], *, is_real: bool = False) -> Number:
     """The value with variables as in the point.
+
+    Args:
+        is_real: a part that is not real has no value; otherwise principal values count.
 
     Raises:
         UndefinedError: no value there, or the tree is no expression.
         TooCostlyError: the value, or the work, is too large.
     """
     try:
-        return _Evaluator(point).value(node)
+        return _Evaluator(point, is_real).value(node)
     except (ZeroDivisionError, ValueError, OverflowError, TypeError) as error:
         # What mpmath raises outside the domain of a function.
         raise UndefinedError(str(error)) from error
@@ -58,13 +61,22 @@ def renew_budget() -> None:
 
 
 class _Evaluator:
-    def __init__(self, point: dict[str, mpf]) -> None:
+    def __init__(self, point: dict[str, mpf], is_real: bool) -> None:
         self._point = point
+        self._is_real = is_real
 
     def value(self, node: Node) -> Number:
         _budget.steps -= 1
         if _budget.steps < 0:
             raise TooCostlyError(f"more than {MAX_STEPS} steps")
+        value = self._value(node)
+        if self._is_real and isinstance(value, mpc):
+            if abs(value.imag) > _WHOLE_TOLERANCE * abs(value):
+                raise UndefinedError("not real")
+            value = value.real
+        return value
+
+    def _value(self, node: Node) -> Number:
         if node.kind in _OPERATIONS:
             return _OPERATIONS[node.kind]([self.value(arg) for arg in node.args])
         if node.kind == "num":

@@ -26,6 +26,7 @@ MAX_MARKS = 12
 _NEEDS_ALGEBRA = frozenset("int lim partial nabla iint iiint oint limsup liminf".split())
 _INVERSES = {name: f"arc{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
 _DECORATIONS = frozenset("hat bar overline tilde dot ddot vec widehat check".split())
+_FUNCTION_LETTERS = ("f", "g", "h", "F", "G")
 _ENCLOSURES = {"lfloor": ("floor", "rfloor"), "lceil": ("ceil", "rceil")}
 _NAMES = GREEK | frozenset(
     "angle triangle square perp parallel infty nabla star dagger circ odot oplus otimes top bot "
@@ -137,8 +138,12 @@ class ExpressionParser(ABC):
             return [*factors[:-1], self._plain_mixed_number(factors[-1])]
         is_fraction = self.at_command("frac")
         factor = self._factor()
-        if follows_number and is_fraction and _is_proper(factor) and _is_whole(factors[-1]):
-            return [*factors[:-1], Node("add", (factors[-1], factor))]
+        # A percent sign or a degree sign belongs to the whole mixed number.
+        mark = factor.kind if factor.kind in ("percent", "deg") else ""
+        fraction = factor.args[0] if mark else factor
+        if follows_number and is_fraction and _is_proper(fraction) and _is_whole(factors[-1]):
+            mixed = Node("add", (factors[-1], fraction))
+            return [*factors[:-1], Node(mark, (mixed,)) if mark else mixed]
         return [*factors, factor]
 
     def _plain_mixed_number(self, whole: Node) -> Node:
@@ -216,7 +221,11 @@ class ExpressionParser(ABC):
             return _primed(base)
         if self._script_is("T", "top"):
             return Node("call", (base,), "transpose")
-        return Node("pow", (base, self._script()))
+        exponent = self._script()
+        is_inverse = exponent == Node("neg", (integer(1),)) and self.at_op("(")
+        if is_inverse and base.value in _FUNCTION_LETTERS:
+            return Node("sym", value=f"inverse {base.value}")
+        return Node("pow", (base, exponent))
 
     def _script_is(self, *texts: str) -> bool:
         """Take a script that is only one of these, with or without braces; repeated primes too."""
@@ -233,7 +242,8 @@ class ExpressionParser(ABC):
 
     def _degrees(self, value: Node) -> Node:
         if self.peek().text in ("C", "F") and self.peek().kind in ("letter", "text"):
-            return Node("quantity", (value,), f"degrees {self.take().text}")
+            scale = "celsius" if self.take().text == "C" else "fahrenheit"
+            return Node("quantity", (value,), scale)
         return Node("deg", (value,))
 
     def _script(self) -> Node:
@@ -314,6 +324,9 @@ class ExpressionParser(ABC):
         inner = self.expression()
         self._bar_stops -= 1
         self.expect("|")
+        if inner.kind == "seq":
+            squares = tuple(Node("pow", (part, integer(2))) for part in inner.args)
+            return Node("root", (Node("add", squares), integer(2)))
         return Node("call", (inner,), "abs")
 
     def _bracketed(self, opening: str) -> Node:
@@ -367,7 +380,7 @@ class ExpressionParser(ABC):
             raise UnsupportedError(f"\\{name}")
         if name in _NAMES:
             return Node("sym", value=name)
-        raise UnreadableError(f"the command \\{name}")
+        raise UnsupportedError(f"the command \\{name}")
 
     def _argument(self) -> Node:
         """A group, or one token; of a number without braces one digit, as LaTeX reads it."""
@@ -539,7 +552,7 @@ def _is_proper(node: Node) -> bool:
 def _primed(node: Node) -> Node:
     if node.kind == "sym":
         return Node("sym", value=f"{node.value}'")
-    if node.kind in ("num", "deg"):
+    if node.kind in ("num", "deg") or (node.kind == "quantity" and node.value == "prime"):
         return Node("quantity", (node,), "prime")
     raise UnreadableError("a prime after something that is no variable")
 
