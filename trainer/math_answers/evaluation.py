@@ -40,7 +40,7 @@ def evaluate(node: Node, point: dict[str, mpf], *, is_real: bool = False) -> Num
     """
     try:
         return _Evaluator(point, is_real).value(node)
-    except (ZeroDivisionError, ValueError, OverflowError, TypeError) as error:
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError, KeyError) as error:
         # What mpmath raises outside the domain of a function.
         raise UndefinedError(str(error)) from error
 
@@ -89,6 +89,8 @@ class _Evaluator:
             return self._power(node)
         if node.kind in ("sum", "prod"):
             return self._series(node)
+        if node.kind in ("int", "diff"):
+            return self._calculus(node)
         if node.kind == "call" and node.value == "det":
             return self._determinant(node.args[0])
         if node.kind == "call" and node.value in _FUNCTIONS:
@@ -117,6 +119,22 @@ class _Evaluator:
             total = total + term if node.kind == "sum" else total * term
         self._point = outer
         return total
+
+    def _calculus(self, node: Node) -> Number:
+        outer = self._point
+
+        def body(at: mpf) -> Number:
+            self._point = outer | {node.name: at}
+            value = self.value(node.args[-1])
+            self._point = outer
+            return value
+
+        if node.kind == "diff":
+            return mp.diff(body, self._point[node.name])
+        value, error = mp.quad(body, [self.value(arg) for arg in node.args[:2]], error=True)
+        if error > mpf(10) ** (-mp.dps // 2) * max(1, abs(value)):
+            raise UndefinedError("an integral that does not converge")
+        return value
 
     def _determinant(self, matrix: Node) -> Number:
         columns = matrix.columns if matrix.kind == "matrix" else 0
