@@ -1,9 +1,10 @@
 """The hard cases that break public kernels, on every backend: groups 1 to 11, 14 and 15.
 
 Each test carries the number of its group. Groups 16, 17 and 21 stand in
-`test_hard_cases_gradient.py`, 12, 13, 18 to 20 and the losses of 8 and 9 in
-`test_hard_cases_loss.py`, and 22, tracing and recompilation, in `test_compile.py` and
-`test_triton_compile.py`.
+`test_hard_cases_gradient.py`, 12, 13, 19, 20 and the losses of 8 and 9 in
+`test_hard_cases_loss.py`; 18, weights that are frozen, tied, sharded or under autocast, in
+`test_linear.py` and `test_linear_in_modules.py`; 22, tracing and recompilation, in
+`test_compile.py` and `test_triton_compile.py`.
 
 The truth is plain PyTorch in float64. An error may be FACTOR times that of plain PyTorch in
 float32, rounded to the dtype of the logits, plus the eps of that dtype (times the size of the
@@ -259,10 +260,17 @@ def shard_rows() -> Tensor:
     return logits_NV
 
 
-def check_shard(rank: int, rendezvous: str, backend: str) -> None:
-    """A rank's values and gradients against those of whole rows in float64."""
+def check_rank(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for backend, reason in kernels.available_backends().items():
+        if reason == "available":
+            check_shard(rank, backend)
+    dist.destroy_process_group()
+
+
+def check_shard(rank: int, backend: str) -> None:
+    """A rank's values and gradients against those of whole rows in float64."""
     columns = slice(*SHARDS[rank : rank + 2])
     logits, ids = shard_rows(), torch.tensor(IDS)
     part = torch.full((len(ids), columns.stop - columns.start + 5), math.nan)
@@ -286,14 +294,11 @@ def check_shard(rank: int, rendezvous: str, backend: str) -> None:
     # Of a log-prob of -1e-10 float64's log_softmax itself has no more than four digits.
     assert out.logprobs[3].item() == pytest.approx(logprobs[3].item(), rel=1e-4, abs=0)
     assert bool((gradient[:, -5:] == 0).all()) and bool((gradient[2] == 0).all())
-    dist.destroy_process_group()
 
 
-def test_09_targets_padding_and_ignored_rows_on_shards(
-    backend: str, device: str, tmp_path: Path
-) -> None:
-    """Two uneven shards padded with NaN; every row is hard in another way."""
-    mp.spawn(check_shard, args=(f"file://{tmp_path}/rendezvous", backend), nprocs=2)
+def test_09_targets_padding_and_ignored_rows_on_shards(tmp_path: Path) -> None:
+    """Two uneven shards padded with NaN; every row is hard in another way; every backend."""
+    mp.spawn(check_rank, args=(str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
