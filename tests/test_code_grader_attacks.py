@@ -192,7 +192,7 @@ def test_output_is_cut_off(code_grader: CodeGrader, stream: str, amount: str) ->
 
 @pytest.mark.parametrize("test", function_and_check("y"), ids=["call", "check"])
 def test_returned_value_is_cut_off(code_grader: CodeGrader, test: CodeTest) -> None:
-    grade = graded(code_grader, "def solve(x): return 'x' * 10**8", test)
+    grade = graded(code_grader, "def solve(x): return 'x' * (2 << 20)", test)
     assert grade.status == "output_limit"
 
 
