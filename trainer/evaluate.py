@@ -77,13 +77,13 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     runs_code = any(one.tests for of_suite in problems.values() for one in of_suite)
     with Scorer(options.reward, template, max_new_tokens=positions, runs_code=runs_code) as scorer:
         prompter = Prompter(tokenizer, template, scorer, max_prompt_tokens=positions - 1)
+        longest = {name: _longest_prompt(prompter, each) for name, each in problems.items()}
         sampling = {
-            suite_name(each): _sampling(
-                options, each, _longest_prompt(prompter, problems[suite_name(each)]), positions
-            )
+            suite_name(each): _sampling(options, each, longest[suite_name(each)], positions)
             for each in options.suites
         }
-        sampler = open_sampler(options, source, world, prompter, positions)
+        max_tokens = max(longest[name] + each.max_new_tokens for name, each in sampling.items())
+        sampler = open_sampler(options, source, world, prompter, max_tokens=max_tokens)
         for name, of_suite in problems.items():
             started = time.perf_counter()
             scored_PK = sample_and_score(
@@ -107,9 +107,12 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
 
 
 def open_sampler(
-    options: EvaluateOptions, source: str, world: World, prompter: Prompter, positions: int
+    options: EvaluateOptions, source: str, world: World, prompter: Prompter, *, max_tokens: int
 ) -> Sampler:
     """The engine that samples.
+
+    Args:
+        max_tokens: of a prompt and its completion together.
 
     Raises:
         UsageError: it is not installed, or cannot run the model.
@@ -121,7 +124,7 @@ def open_sampler(
             prompter.tokenizer,
             prompter.template,
             dtype=options.dtype,
-            max_tokens=positions,
+            max_tokens=max_tokens,
             device=world.device,
         )
     model = load_model(source)
