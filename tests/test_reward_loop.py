@@ -27,6 +27,7 @@ from trainer.rewards import CodeGrader, FunctionTest, SandboxUnavailable, Scorer
 from trainer.rewards.grading import STATUSES, Attempt
 from trainer.rewards.scoring import Reward
 from trainer.rollout import Completion
+from trainer.rollout.transformers_sampler import TransformersSampler
 from trainer.run_log import read_metrics
 from trainer.samples import Prompter, ScoredCompletion, Scoring, reward_metrics, rollout
 from trainer.tasks import Problem
@@ -410,6 +411,22 @@ def test_groups_are_graded_while_others_are_sampled() -> None:
         assert list(scoring.started) == [1]
         scored = scoring.finish(completions_PG)
     assert [one.reward.total for (one,) in scored] == [1.2] * 3
+
+
+def test_sampler_hands_over_every_group_but_those_that_finish_last() -> None:
+    sampler = TransformersSampler(
+        bigram_model(), bigram_tokenizer(), TINY, dtype=torch.float32, rows_per_batch=4
+    )
+    prompts = [[2, 11, 3], [2, 11, 8, 12, 3], [3], [2, 3], [2, 2, 3]]
+    keys_PG = np.arange(10, dtype=np.uint64).reshape(5, 2)
+    early: dict[int, list[Completion]] = {}
+    completions_PG = sampler.generate(
+        prompts, keys_PG, max_new_tokens=8, temperature=1.0, on_group=early.__setitem__
+    )
+    # Two prompts at a time, shortest first; the longest is sampled last.
+    assert set(early) == {0, 2, 3, 4}
+    for place, completions_G in early.items():
+        assert completions_G is completions_PG[place]
 
 
 def test_users_functions_run_in_the_main_thread(user_module: str) -> None:
