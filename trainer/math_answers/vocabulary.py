@@ -120,7 +120,14 @@ PHRASES = {
 ABBREVIATIONS = {"dne": "does not exist"}
 
 MULTIPLIERS = {
-    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{
+        "dozen": 12,
+        "hundred": 100,
+        "thousand": 1000,
+        "million": 10**6,
+        "billion": 10**9,
+        "trillion": 10**12,
+    },
 }
 
 _UNIT_TABLE = """
@@ -182,7 +189,8 @@ _VOWEL = re.compile("[aeiouyAEIOUY]")
 _NO_UNIT = frozenset(
     "is not isn no none if when where but then than for with the are was all any each every only "
     "unless except answer wrong true false between from does solution solutions undefined lambda "
-    "exec eval import print return".split()
+    "exec eval import print return minus plus squared cubed halves thirds fourths quarters fifths "
+    "sixths sevenths eighths ninths tenths below above under remainder".split()
 )
 
 
