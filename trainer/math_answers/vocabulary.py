@@ -196,7 +196,7 @@ _NO_UNIT = frozenset(
 
 def is_unit_word(word: str, *, after_number: bool) -> bool:
     """Whether a run of plain letters is a word (a unit after a number), not a product."""
-    if word in UNITS:
+    if word in UNITS or word in ("per", "sq", "cu"):
         return after_number
     return len(word) >= 4 and _VOWEL.search(word) is not None
 
