@@ -268,8 +268,9 @@ def policy_term(
         return -advantages_N * clamped_ratio(log_ratio_N, advantages_N, spec)
     if spec.surrogate == "sapo":
         tau_N = choose(advantages_N > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
-        # Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0.
-        ratio_N = log_ratio_N.clamp(max=30.0).exp()
+        # Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0. The
+        # gradient of `clamp` would be 0 for NaN.
+        ratio_N = torch.where(log_ratio_N > 30.0, 30.0, log_ratio_N).exp()
         return -advantages_N * torch.sigmoid(tau_N * (ratio_N - 1)) * 4 / tau_N
     if spec.surrogate == "gmpo":
         above_N = (advantages_N > 0) & (log_ratio_N > spec.clip_high)
