@@ -49,6 +49,7 @@ weights["lm_head.weight"][WORDS.index("so")] = 100.0
 sampler.load_weights(weights.items())
 found["loaded"] = sample()
 print(json.dumps(found))
+sampler.close()
 stop_world()
 """
 Found = dict[str, list[list[tuple[list[int], list[float], str]]]]

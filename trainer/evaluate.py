@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,19 +84,20 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
             for each in options.suites
         }
         max_tokens = max(longest[name] + each.max_new_tokens for name, each in sampling.items())
-        sampler = open_sampler(options, source, world, prompter, max_tokens=max_tokens)
-        for name, of_suite in problems.items():
-            started = time.perf_counter()
-            scored_PK = sample_and_score(
-                sampler,
-                prompter,
-                of_suite,
-                sampling[name],
-                world,
-                stream=(options.seed, f"evaluation {name}", 0),
-                on_problem=_Progress(name, len(world.shard(of_suite)), world),
-            )
-            if world.is_main:
+        with open_sampler(options, source, world, prompter, max_tokens=max_tokens) as sampler:
+            for name, of_suite in problems.items():
+                started = time.perf_counter()
+                scored_PK = sample_and_score(
+                    sampler,
+                    prompter,
+                    of_suite,
+                    sampling[name],
+                    world,
+                    stream=(options.seed, f"evaluation {name}", 0),
+                    on_problem=_Progress(name, len(world.shard(of_suite)), world),
+                )
+                if not world.is_main:
+                    continue
                 _write_samples(options.folder / f"samples-{name}.jsonl", prompter, scored_PK)
                 results[name] = SuiteResult.of(
                     scored_PK,
@@ -106,10 +108,11 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     return results
 
 
+@contextmanager
 def open_sampler(
     options: EvaluateOptions, source: str, world: World, prompter: Prompter, *, max_tokens: int
-) -> Sampler:
-    """The engine that samples.
+) -> Iterator[Sampler]:
+    """The engine that samples, for as long as the context lasts.
 
     Args:
         max_tokens: of a prompt and its completion together.
@@ -119,7 +122,7 @@ def open_sampler(
     """
     dtype = getattr(torch, options.dtype)
     if options.engine == "vllm":
-        return VllmSampler(
+        engine = VllmSampler(
             source,
             prompter.tokenizer,
             prompter.template,
@@ -127,9 +130,12 @@ def open_sampler(
             max_tokens=max_tokens,
             device=world.device,
         )
+        with closing(engine):
+            yield engine
+        return
     model = load_model(source)
     model.to(world.device)  # type: ignore[arg-type]
-    return TransformersSampler(
+    yield TransformersSampler(
         model,
         prompter.tokenizer,
         prompter.template,
