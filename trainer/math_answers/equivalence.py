@@ -14,6 +14,7 @@ from trainer.math_answers.relations import (
     equal_relations,
     is_relation,
     solution_interval,
+    with_sign,
 )
 from trainer.math_answers.sets import equal_sets, real_set
 from trainer.math_answers.tree import Node, UndefinedError, integer, symbols, walk
@@ -198,14 +199,7 @@ def _without_plus_minus(node: Node) -> Node:
 def _both_signs(node: Node) -> Node:
     if not any(part.kind == "pm" for part in walk(node)):
         return node
-    return Node("seq", (_with_sign(node, "pm"), _with_sign(node, "mp")))
-
-
-def _with_sign(node: Node, plus: str) -> Node:
-    args = tuple(_with_sign(arg, plus) for arg in node.args)
-    if node.kind in ("pm", "mp"):
-        return args[0] if node.kind == plus else Node("neg", args)
-    return replace(node, args=args)
+    return Node("seq", (with_sign(node, "pm"), with_sign(node, "mp")))
 
 
 def _is_collection(node: Node) -> bool:

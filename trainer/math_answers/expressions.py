@@ -251,6 +251,8 @@ class ExpressionParser(ConstructParser):
         inner = self.expression()
         self.bar_stops -= 1
         self.expect("|")
+        if inner.kind == "matrix":
+            return Node("call", (inner,), "det")
         if inner.kind == "seq":
             squares = tuple(Node("pow", (part, integer(2))) for part in inner.args)
             return Node("root", (Node("add", squares), integer(2)))

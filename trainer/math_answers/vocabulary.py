@@ -29,7 +29,7 @@ RENAMED_COMMANDS = {
     **{"cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "vdots": "ldots", "degree": "deg"},
     **{"imath": "i", "jmath": "j", "varepsilon": "epsilon", "varphi": "phi", "vartheta": "theta"},
     **{"land": "and", "wedge": "and", "lor": "or", "vee": "or", "sign": "sgn", "cupdot": "cup"},
-    **{"ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
+    **{"mod": "bmod", "ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
     **{"uplus": "cup", "bigcup": "cup", "bigcap": "cap", "iint": "int", "oint": "int"},
     **{
         "overline": "bar",
@@ -73,6 +73,7 @@ WORD_COMMANDS = {
     **{"mod": "bmod", "percent": "%", "choose": "choose", "binomial": "binom", "binom": "binom"},
     **{"cdot": "cdot", "times": "times", "over": "over", "Re": "Re", "Im": "Im", "det": "det"},
     **{"arsinh": "arcsinh", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh"},
+    **{"arcosh": "arccosh", "artanh": "arctanh"},
     **{"deg": "deg", "factorial": "factorial", "ceiling": "ceil"},
 }
 
