@@ -221,9 +221,13 @@ def objective(logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: Lo
     """sum_n weight_n * (sampler weight * policy term + kl_weight * KL - entropy_weight *
     entropy)."""
     log_ratio_N = token_log_ratio(logprobs_N, terms)
-    total_N = policy_weight(logprobs_N, terms, spec) * policy_term(
-        logprobs_N, log_ratio_N, terms, spec
-    )
+    policy_weight_N = policy_weight(logprobs_N, terms, spec)
+    if spec.surrogate != "gmpo":
+        # A dropped token's ratio may overflow, and 0 * inf is NaN; without an advantage it is 0.
+        # GMPO's ratio belongs to the whole sequence, dropped tokens included.
+        kept_N = torch.where(policy_weight_N == 0, 0.0, terms.advantages_N)
+        terms = replace(terms, advantages_N=kept_N)
+    total_N = policy_weight_N * policy_term(logprobs_N, log_ratio_N, terms, spec)
     if spec.kl_weight != 0:
         total_N = total_N + spec.kl_weight * kl_term(logprobs_N, log_ratio_N, terms, spec)
     if spec.entropy_weight != 0:

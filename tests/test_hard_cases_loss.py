@@ -157,6 +157,31 @@ def test_12_overflowing_ratios_of_clipped_tokens(backend: str, device: str) -> N
         assert bool((torch.autograd.grad(out.loss, leaf)[0] == 0).all())
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampler_correction": "token_truncate"},
+        {"sampler_correction": "token_mask"},
+        {"sampler_correction": "sequence_mask"},
+        {"off_policy_threshold": 0.1},
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values()),
+)
+def test_12_overflowing_ratios_of_dropped_tokens(
+    backend: str, device: str, fields: dict[str, Any]
+) -> None:
+    """What the sampler correction or the off-policy mask drops is 0, not 0 * inf."""
+    leaf = target_logits([-2.0, -2.0], device)
+    old = torch.tensor([-2000.0, -2.0], device=device)
+    sampler = torch.tensor([-0.5, -2.0], device=device)
+    out = one_loss(
+        leaf, old, [-1.0, -1.0], LossSpec(**fields), sampler_logprobs=sampler, backend=backend
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.5, rel=1e-6)
+    assert bool((leaf.grad[0] == 0).all()) and bool((leaf.grad[1] != 0).all())
+
+
 SURROGATES = ["clip", "cispo", "sapo", "gmpo", "vespo", "reinforce"]
 
 
