@@ -28,9 +28,8 @@ _ANGLE_FUNCTIONS = frozenset("sin cos tan cot sec csc".split())
 def equal_answers(gold: Answer, answer: Answer) -> bool:
     """Whether an answer is right, by its text, its words, its letter or its mathematics.
 
-    Not symmetric in three points: only the answer may be read with a decimal comma, may give a
-    choice letter with the choice's content (`(B) 5`), and may state an equation of which only the
-    last side is asked for (`a+b = 5`).
+    Not symmetric: only the answer may be read with a decimal comma (`3,5`) or with a letter for a
+    unit (`5 m`), and may state an equation for a formula (`a+b = 5`).
 
     Raises:
         TooCostlyError: a value is too large to compute.
@@ -63,9 +62,9 @@ def _equal(gold: Node, answer: Node) -> bool:
     if gold.kind in _STRUCTURES or answer.kind in _STRUCTURES:
         return _equal_structures(gold, answer)
     matrices = as_matrix(gold), as_matrix(answer)
-    if matrices[0] is not None or matrices[1] is not None:
-        return None not in matrices and _equal_structures(*(m for m in matrices if m is not None))
-    return _equal_values(gold, answer)
+    if matrices[0] is not None and matrices[1] is not None:
+        return _equal_structures(matrices[0], matrices[1])
+    return matrices == (None, None) and _equal_values(gold, answer)
 
 
 _STRUCTURES = ("cases", "based", "ellipsis", "builder")

@@ -274,7 +274,9 @@ class ExpressionParser(ConstructParser):
 
 def _signed(node: Node, signs: list[str]) -> Node:
     for sign in reversed(signs):
-        if sign != "+":
+        if sign == "-" and node.kind in ("percent", "deg"):
+            node = Node(node.kind, (Node("neg", node.args),))
+        elif sign != "+":
             node = Node("neg" if sign == "-" else sign, (node,))
     return node
 

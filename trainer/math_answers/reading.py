@@ -203,4 +203,4 @@ def _is_balanced(text: str) -> bool:
 
 
 def _says_something(text: str) -> bool:
-    return len(re.findall(r"[^\W_]", text)) > 0
+    return re.search(r"[^\W_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None
