@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from trainer.testing import WORDS, bigram_logprobs, bigram_model, bigram_tokenizer
 
@@ -43,8 +44,8 @@ def sample(**changed):
     ]
 found = {"first": sample(), "again": sample(), "greedy": sample(temperature=0.0)}
 found["nucleus"] = sample(temperature=1.0, top_p=0.85)
-from trainer.testing import bigram_model
-weights = {name: tensor.clone() for name, tensor in bigram_model().named_parameters()}
+from safetensors.torch import load_file
+weights = load_file(f"{sys.argv[1]}/model.safetensors")
 weights["lm_head.weight"][WORDS.index("so")] = 100.0
 sampler.load_weights(weights.items())
 found["loaded"] = sample()
@@ -59,10 +60,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def wide_bigram_model() -> LlamaForCausalLM:
+    """The bigram model with attention, which adds nothing, of a width that vLLM has kernels for."""
+    narrow = bigram_model()
+    narrow.config.head_dim = 32
+    wide = LlamaForCausalLM(narrow.config).eval()
+    weights = {
+        name: tensor for name, tensor in narrow.state_dict().items() if "self_attn" not in name
+    }
+    assert all("self_attn" in name for name in wide.load_state_dict(weights, strict=False)[0])
+    for layer in wide.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    return wide
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("model")
-    bigram_model().save_pretrained(folder)
+    wide_bigram_model().save_pretrained(folder)
     bigram_tokenizer().save_pretrained(folder)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder)],
