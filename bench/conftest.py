@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from harness import BACKENDS, PLAIN, Case, Compete, Factory, Rounds, Unavailable, machine  # noqa: E402
+from harness import CHECKED_NAMES, Case, Compete, Factory, Rounds, Unavailable, machine  # noqa: E402
 from report import Record, Row, comparison, load, markdown, save  # noqa: E402
 
 RECORD = pytest.StashKey[Record]()
@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full",
         action="store_true",
         help="time every vocabulary, not only the shapes that the README speaks of",
+    )
+    parser.addoption(
+        "--errors-only", action="store_true", help="plain PyTorch and our backends, checked only"
     )
     parser.addoption("--record", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     parser.addoption("--compare", type=Path, metavar="OLD.json", help="print what changed since")
@@ -43,29 +46,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in full]
 
 
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info.update(machine())
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    machine_info.update(config.stash[RECORD].machine)
 
 
 @pytest.fixture
 def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
     """Runs a case, each implementation made by its factory, and records it."""
     record = request.config.stash[RECORD]
+    errors_only = request.config.getoption("--errors-only")
 
     def run(case: Case, factories: dict[str, Factory]) -> None:
-        if not case.is_timed:
-            factories = {name: factories[name] for name in (PLAIN, *BACKENDS)}
+        is_timed = case.is_timed and not errors_only
+        if not is_timed:
+            factories = {name: factories[name] for name in CHECKED_NAMES if name in factories}
         rounds = Rounds(case)
         for name, factory in factories.items():
             try:
-                rounds.enter(name, factory(), timed=case.is_timed and name != "reference")
+                rounds.enter(name, factory(), timed=is_timed and name != "reference")
             except Unavailable as reason:
                 record.missing.setdefault(f"{name}: {reason}", []).append(str(case))
-        if case.is_timed:
+        if is_timed:
             rounds.time()
         record.rows += [Row.of(case, name, result) for name, result in rounds.results.items()]
+        benchmark._mode = "rounds by turns"
         for name, result in rounds.results.items():
-            add_to_pytest_benchmark(benchmark, case, name, result.seconds)
+            if result.seconds:
+                add_to_pytest_benchmark(benchmark, case, name, result.seconds)
 
     return run
 
@@ -75,9 +84,6 @@ def add_to_pytest_benchmark(benchmark: Any, case: Case, name: str, seconds: list
 
     Its own loop runs one function a test, all rounds in a block; ours take turns.
     """
-    benchmark.skipped = True
-    if not seconds:
-        return
     one = copy(benchmark)
     one.group = str(case)
     one.name = one.fullname = f"{case} {name}"
@@ -91,8 +97,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not record.rows:
         return
     stem, old = config.getoption("--record"), config.getoption("--compare")
-    terminalreporter.write_line("\n" + markdown(record))
     if stem:
         save(record, stem)
+    terminalreporter.write_line("\n" + markdown(record))
     if old:
         terminalreporter.write_line("\n" + comparison(load(old), record))

@@ -7,6 +7,7 @@ outside the clock. Nothing passes or fails on speed.
 
 import ctypes
 import gc
+import os
 import platform
 import subprocess
 import time
@@ -28,15 +29,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARIES = (32000, 49152, 129920, 151936, 262144)
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = "eager"
+UPCAST = f"{PLAIN}, .float()"
 BACKENDS = ("reference", "cpp", "triton")
+# Who is checked where nothing is timed.
+CHECKED_NAMES = (PLAIN, UPCAST, *BACKENDS)
 
-# Cases of this many tokens are checked and not timed, plain PyTorch and our backends only: few
-# enough for Triton's interpreter.
+# Cases of this many tokens are checked and not timed; few enough for Triton's interpreter.
 CHECKED_TOKENS = 8
 CHECKED_SHAPES = [(CHECKED_TOKENS, width) for width in VOCABULARIES]
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
 # An implementation slower than this over its rounds stops at the fewest.
-SECONDS_EACH = 3.0
+SECONDS_EACH = 2.0
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 Factory = Callable[[], Implementation]
@@ -153,6 +156,7 @@ def machine() -> dict[str, str]:
     facts = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_model(),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f} at the start",
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
     }

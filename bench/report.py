@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from harness import BACKENDS, PLAIN, Case, Result
+from harness import CHECKED_NAMES, PLAIN, Case, Result
 
 SPEED_LEGEND = (
     "Rounds of all implementations of a case take turns; medians. The ceiling is a plain copy of "
@@ -17,7 +17,8 @@ SPEED_LEGEND = (
 )
 ERROR_LEGEND = (
     "|got - float64| / |float64| in the Euclidean norm, on the same inputs. In brackets: the "
-    "largest share of plain PyTorch's error on any one shape."
+    "largest share of plain PyTorch's error in any one case. Where a GPU rounds to bfloat16, "
+    "Triton's interpreter truncates, which doubles the error of a bfloat16 gradient."
 )
 
 
@@ -94,8 +95,8 @@ def save(record: Record, stem: Path) -> None:
     """Writes STEM.json, one row a line, and STEM.md."""
     rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in record.rows)
     head = json.dumps({"machine": record.machine, "missing": record.missing}, indent=1)
-    stem.with_suffix(".json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-    stem.with_suffix(".md").write_text(markdown(record) + "\n")
+    Path(f"{stem}.json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    Path(f"{stem}.md").write_text(markdown(record) + "\n")
 
 
 def load(path: Path) -> Record:
@@ -156,72 +157,68 @@ def speed_table(record: Record) -> str:
     return table([*header.split("|"), "extra MB"], lines)
 
 
-def errors_of(rows: dict[str, Row], result: str) -> dict[str, float]:
-    """Error of one result by backend (in place or not) and of plain PyTorch, where known."""
-    found: dict[str, float] = {}
+def errors_of(rows: dict[str, Row]) -> dict[str, dict[str, float]]:
+    """Errors of a case by result and by name: plain PyTorch, and our backends in place or not."""
+    found: dict[str, dict[str, float]] = {}
     for row in rows.values():
         name = row.implementation.removesuffix(", in place")
-        if name in (PLAIN, *BACKENDS) and row.errors:
-            found[name] = max(found.get(name, 0.0), row.errors[result])
+        if name in CHECKED_NAMES:
+            for result, error in row.errors.items():
+                known = found.setdefault(result, {})
+                known[name] = max(known.get(name, 0.0), error)
     return found
 
 
-def error_lines(record: Record) -> list[tuple[Row, str, dict[str, float]]]:
-    """A row of each case, the name of a result, and its errors, where plain PyTorch ran."""
-    return [
-        (rows[PLAIN], result, errors_of(rows, result))
-        for rows in record.cases().values()
-        if PLAIN in rows
-        for result in rows[PLAIN].errors
-    ]
-
-
 def error_table(record: Record) -> str:
-    """Every error of ours beside plain PyTorch's; bold where ours is larger."""
-    lines = []
-    for row, result, errors in error_lines(record):
-        bound = errors[PLAIN]
-        marked = [
-            f"**{errors[name]:.2e}**"
-            if errors[name] > bound
-            else f"{errors[name]:.2e}"
-            if name in errors
-            else ""
-            for name in BACKENDS
-        ]
-        lines.append([row.case, result, f"{bound:.2e}", *marked])
-    return table(["case", "result", PLAIN, *BACKENDS], lines)
+    """Every error; bold where ours is larger than plain PyTorch's in the same dtype."""
+
+    def cell(errors: dict[str, float], name: str) -> str:
+        if name not in errors:
+            return ""
+        text = f"{errors[name]:.2e}"
+        return f"**{text}**" if errors[name] > errors.get(PLAIN, math.inf) else text
+
+    lines = [
+        [case, result, *(cell(errors, name) for name in CHECKED_NAMES)]
+        for case, rows in record.cases().items()
+        for result, errors in errors_of(rows).items()
+    ]
+    return table(["case", "result", *CHECKED_NAMES], lines)
 
 
 def error_summary(record: Record) -> str:
-    """Largest error over the shapes; in brackets the largest share of plain PyTorch's error."""
+    """Largest error over all cases of an op; in brackets the largest share of plain PyTorch's."""
     grouped: dict[tuple[str, str, str], list[dict[str, float]]] = {}
-    for row, result, errors in error_lines(record):
-        grouped.setdefault((row.op, row.dtype, result), []).append(errors)
-    lines = []
-    for (op, dtype, result), shapes in grouped.items():
-        cells = [op, dtype, result, f"{max(errors[PLAIN] for errors in shapes):.1e}"]
-        for name in BACKENDS:
-            known = [errors for errors in shapes if name in errors]
-            largest = max((errors[name] for errors in known), default=math.nan)
-            share = max((errors[name] / errors[PLAIN] for errors in known), default=math.nan)
-            cells.append(f"{largest:.1e} ({share:.2g})" if known else "")
-        lines.append(cells)
-    return table(["op", "dtype", "result", PLAIN, *BACKENDS], lines)
+    for rows in record.cases().values():
+        row = next(iter(rows.values()))
+        op = row.op.split()[0].rstrip(",")
+        for result, errors in errors_of(rows).items():
+            kind = "gradients" if result.startswith("grad ") else "values"
+            grouped.setdefault((op, row.dtype, kind), []).append(errors)
+
+    def cell(shapes: list[dict[str, float]], name: str) -> str:
+        known = [errors[name] for errors in shapes if name in errors]
+        shares = [e[name] / e[PLAIN] for e in shapes if name in e and e.get(PLAIN)]
+        bracket = f" ({max(shares):.2g})" if shares and name != PLAIN else ""
+        return f"{max(known):.1e}{bracket}" if known else ""
+
+    lines = [
+        [*key, *(cell(shapes, name) for name in CHECKED_NAMES)] for key, shapes in grouped.items()
+    ]
+    return table(["op", "dtype", "of", *CHECKED_NAMES], lines)
 
 
 def markdown(record: Record) -> str:
     """The whole report."""
     missing = [
-        f"- {reason} ({len(cases)} cases, among them {cases[0]})"
+        f"- {reason}: {cases[0]}" + f", and {len(cases) - 1} more" * (len(cases) > 1)
         for reason, cases in record.missing.items()
     ]
+    speed = ["## Speed and memory", SPEED_LEGEND, speed_table(record)]
     sections = [
         ", ".join(f"{name} {value}" for name, value in record.machine.items()),
-        "## Speed and memory",
-        SPEED_LEGEND,
-        speed_table(record),
-        "## Error: largest over the shapes",
+        *(speed if any(row.rounds for row in record.rows) else []),
+        "## Error: largest over losses and shapes",
         ERROR_LEGEND,
         error_summary(record),
         "## Error: every shape",
@@ -234,9 +231,9 @@ def markdown(record: Record) -> str:
 
 
 def comparison(old: Record, new: Record) -> str:
-    """Rows whose ratios moved by a tenth or more, and rows that came or went.
+    """Of the cases of the new run: rows whose ratios moved by a tenth, and rows that came or went.
 
-    Ratios only: time over the ceiling of the same run, error, and extra memory.
+    Times count as multiples of the ceiling of their own run.
     """
     before, after = old.cases(), new.cases()
     lines = []
@@ -258,9 +255,9 @@ def comparison(old: Record, new: Record) -> str:
                     )
     lines += [
         [case, name, "gone", "", "", ""]
-        for case, rows in before.items()
-        for name in rows
-        if name not in after.get(case, {})
+        for case in after
+        for name in before.get(case, {})
+        if name not in after[case]
     ]
     return table(["case", "implementation", "figure", "old", "new", "new / old"], lines)
 

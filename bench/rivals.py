@@ -6,14 +6,13 @@ the logits of the others would have to be copied.
 """
 
 import torch
-from harness import PLAIN, Factory, Implementation, Unavailable, require_package
+from harness import PLAIN, UPCAST, Factory, Implementation, Unavailable, require_package
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.spec import LossSpec
 from kernels.testing import GrpoBatch, eager_advantages, eager_loss
 
-UPCAST = f"{PLAIN}, .float()"
 # TRL's own width of a block of the vocabulary (trl/trainer/utils.py).
 TRL_CHUNK = 32768
 

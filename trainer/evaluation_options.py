@@ -79,6 +79,8 @@ class EvaluateOptions:
     """Threads of each process on the CPU; None leaves it to torch."""
     grader_workers: int = 2
     """Worker processes that compare answers, on each rank."""
+    sandbox: Literal["bubblewrap", "rlimits-only"] = "bubblewrap"
+    """What programs that answer a problem run in; the second is no protection from hostile ones."""
     seed: int = 0
     """Every random choice derives from it."""
     out: Path | None = None
@@ -169,7 +171,8 @@ class EvaluateOptions:
         samples = published or (SUITES[suite].r1_samples if suite in SUITES else None)
         if samples is None:
             raise UsageError(
-                f"--samples: the protocol {self.protocol} states no number of samples for {suite}"
+                f"--samples: the protocol {self.protocol} states no number of samples for "
+                f"{suite_name(suite)}"
             )
         return samples
 

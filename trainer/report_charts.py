@@ -62,6 +62,7 @@ MAIN_CHARTS = (
             Curve("eval/pass@1", "pass@1, held out", "blue"),
             Curve("eval/cons@k", "cons@k, held out", "violet"),
             Curve("reward/accuracy", "training", "amber"),
+            Curve("reward/code", "training, programs", "green"),
         ),
         note="counterpart of figure 2 of the DeepSeek-R1 paper",
     ),
@@ -95,6 +96,29 @@ OTHER_CHARTS = (
             Curve("reward/accuracy", "accuracy", "green"),
             Curve("reward/format", "format", "amber"),
         ),
+    ),
+    Chart(
+        "Other parts of the reward, before their weights",
+        "number",
+        (
+            Curve("reward/code", "programs", "green"),
+            Curve("reward/language", "language", "blue"),
+            Curve("reward/overlong", "overlong", "red"),
+            Curve("reward/length", "length", "amber"),
+            Curve("reward/repetition", "repetition", "violet"),
+        ),
+        starts_at_zero=False,
+    ),
+    Chart(
+        "Answers without a proper grade",
+        "share",
+        (
+            Curve("grade/accuracy/no_answer", "none in its place", "blue"),
+            Curve("grade/accuracy/parse_fail", "not readable", "amber"),
+            Curve("grade/accuracy/timeout", "took too long", "red"),
+            Curve("grade/accuracy/crash", "crashed the grader", "violet"),
+        ),
+        note="all of them count as wrong",
     ),
     Chart(
         "Response length, held out (tokens)",

@@ -144,6 +144,11 @@ def load_source(
         count = 100 if limit is None else limit
         return held_out_problems(count) if source == TINY else gym_problems(source, count)
     suite = SUITES.get(source)
+    if suite is None and "/" not in source and Path(source).suffix not in FILE_SUFFIXES:
+        raise DataError(
+            f"{source}: expected a file, a hub data set (owner/name), gym:TASK, {TINY} or one of "
+            f"{', '.join(SUITES)}"
+        )
     if suite is None:
         return load_problems(
             source,

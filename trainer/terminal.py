@@ -91,8 +91,9 @@ def progress_text(
     done = min(step / total_steps, 1.0) if total_steps else 1.0
     steps_left = max(total_steps - step, 0)
     eta = seconds_per_step * steps_left if seconds_per_step is not None and steps_left else None
+    accuracy = metrics.get("reward/accuracy", metrics.get("reward/code"))
     fields = [
-        _field("acc", _percent(metrics.get("reward/accuracy"))),
+        _field("acc", _percent(accuracy)),
         _field("reward", _number(metrics.get("reward/mean"), ".2f")),
         _field("len", _number(metrics.get("length/mean"), ".0f")),
         _field("reflect", _percent(metrics.get("reflection_rate"))),

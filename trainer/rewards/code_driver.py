@@ -18,9 +18,12 @@ from __future__ import annotations
 import builtins
 import math
 import sys
-import types
-from collections.abc import Callable
-from typing import Any, BinaryIO
+
+# Importing typing would double the time that the interpreter takes to start.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, BinaryIO
 
 COMPILE_ERROR_EXIT = 86
 """Exit code of a Python program that does not compile."""
@@ -34,9 +37,11 @@ class ProgramError(Exception):
     """An exception of the program under test that has no builtin counterpart."""
 
 
-class _ProgramGone(BaseException):
-    # Not an Exception, so that no test code takes the end of the program for an expected error.
-    pass
+class _NoReply(BaseException):
+    """The program did not answer a call; holds the status that follows.
+
+    Not an Exception, so that no test code takes it for an error it expects.
+    """
 
 
 def plain_value(value: Any, depth: int = 0) -> Any:
@@ -129,7 +134,7 @@ def decode_value(encoded: Any) -> Any:
 def _load(source: bytes, name: str, setup: str = "") -> dict[str, Any]:
     """Runs the program as a module called `name` and returns its namespace."""
     code = compile(source, "program.py", "exec", dont_inherit=True)
-    module = types.ModuleType(name)
+    module = type(sys)(name)
     sys.modules[name] = module
     exec(compile(setup, "setup.py", "exec", dont_inherit=True), module.__dict__)
     exec(code, module.__dict__)
@@ -156,7 +161,6 @@ def _describe(error: BaseException) -> str:
 
 
 def _failure(error: BaseException, stage: str) -> dict[str, str]:
-    # compile() reports bad source with these; afterwards they are exceptions like any other.
     if stage == "load" and isinstance(error, SyntaxError):
         stage = "compile"
     return {"failed": stage, "type": type(error).__name__, "detail": _describe(error)}
@@ -182,15 +186,14 @@ def _run_function(request_file: BinaryIO, result_file: BinaryIO) -> None:
     import json
 
     request = json.load(request_file)
-    stage, reply = "load", {}
+    stage = "load"
     # Whatever a program raises, SystemExit included, is its result and must not end the driver.
     try:
         function = _load_entry(request)
         stage = "call"
         value = function(*request["arguments"])
         stage = "value"
-        reply = {"value": plain_value(value)}
-        line = json.dumps(reply)
+        line = json.dumps({"value": plain_value(value)})
     except BaseException as error:
         line = json.dumps(_failure(error, stage))
     _send(result_file, line)
@@ -222,28 +225,28 @@ def _run_check(
     request_file: BinaryIO, calls: BinaryIO, results: BinaryIO, verdict_file: BinaryIO
 ) -> None:
     import json
-    import random
 
     request = json.load(request_file)
     raised: list[BaseException] = []
 
     def receive() -> dict[str, Any]:
-        line = results.readline(request["max_reply_bytes"])
+        most = request["max_reply_bytes"]
+        line = results.readline(most)
         if not line.endswith(b"\n"):
-            raise _ProgramGone
+            raise _NoReply("gone" if len(line) < most else "output_limit")
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError):
-            raise _ProgramGone from None
+            raise _NoReply("crash") from None
         if not isinstance(reply, dict):
-            raise _ProgramGone
+            raise _NoReply("crash")
         return reply
 
     def candidate(*arguments: Any, **keywords: Any) -> Any:
         try:
             _send(calls, json.dumps(encode_value((arguments, keywords))))
         except BrokenPipeError:
-            raise _ProgramGone from None
+            raise _NoReply("gone") from None
         reply = receive()
         if "value" in reply:
             return decode_value(reply["value"])
@@ -254,12 +257,16 @@ def _run_check(
         raise error
 
     verdict = {"status": "wrong", "detail": ""}
-    random.seed(0)
+    if "random" in request["code"]:
+        import random
+
+        random.seed(0)
     try:
         loaded = receive()
         if "loaded" not in loaded:
             status = "compile_error" if loaded.get("failed") == "compile" else "crash"
-            verdict = {"status": status, "detail": str(loaded.get("detail"))}
+            detail = str(loaded.get("detail"))[:_MAX_DETAIL_CHARS]
+            verdict = {"status": status, "detail": detail}
         else:
             namespace: dict[str, Any] = {"__name__": "check"}
             exec(compile(request["setup"], "setup.py", "exec", dont_inherit=True), namespace)
@@ -268,8 +275,8 @@ def _run_check(
             if "check" in namespace:
                 namespace["check"](candidate)
             verdict = {"status": "passed", "detail": ""}
-    except _ProgramGone:
-        verdict = {"status": "gone", "detail": "the program ended during a call"}
+    except _NoReply as none:
+        verdict = {"status": str(none), "detail": "no reply to a call that can be read"}
     # The test decides by raising: AssertionError, or what a wrong type of value leads to.
     except BaseException as error:
         status = "crash" if any(error is own for own in raised) else "wrong"
@@ -305,7 +312,7 @@ def main(mode: str, *descriptors: str) -> None:
     """Runs one mode of the module's list on the given file descriptors."""
     # Programs use these two, and only the site module, which is left out, would define them.
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
-    # The directory of this script, which is one of file descriptors.
+    # The current folder, where the program can write.
     del sys.path[0]
     run, file_modes = _MODES[mode]
     files = [open(int(fd), how) for fd, how in zip(descriptors, file_modes, strict=True)]

@@ -7,7 +7,7 @@ import re
 from trainer.rewards.code_tests import Language
 from trainer.templates import THINK_CLOSE, THINK_OPEN, Template
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^`]*)")
 _FENCE_NAMES: dict[Language, frozenset[str]] = {
     "python": frozenset(("", "python", "python3", "py", "py3")),
     "cpp": frozenset(("", "cpp", "c++", "cc", "cxx", "c++17", "c++20", "cpp17", "cpp20")),
@@ -40,8 +40,9 @@ def _last_block(text: str, names: frozenset[str]) -> str | None:
         match = _FENCE.fullmatch(line.rstrip("\r"))
         if not fence:
             if match is not None:
-                fence, name, block = match[1], match[2].lower(), []
-        elif match is not None and not match[2] and match[1].startswith(fence):
+                fence, block = match[1], []
+                name = next(iter(match[2].split()), "").lower()
+        elif match is not None and not match[2].strip() and match[1].startswith(fence):
             last = "\n".join(block) if name in names else None
             fence = ""
         else:

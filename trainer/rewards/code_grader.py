@@ -35,6 +35,18 @@ CodeStatus = TestStatus | Literal["no_code", "too_long"]
 """Of a whole program: that of the first test not passed, or why none was run."""
 
 DEFAULT_TIME_FACTORS: Mapping[Language, float] = {"python": 3.0, "cpp": 1.0}
+"""Python is that much slower than what data sets state limits for."""
+DEFAULT_LIMITS = Limits()
+"""Of one test."""
+COMPILE_LIMITS = Limits(
+    cpu_seconds=10,
+    wall_slack_seconds=10,
+    memory_bytes=2 << 30,
+    file_bytes=64 << 20,
+    tmp_bytes=256 << 20,
+    output_bytes=16 << 20,
+)
+"""Of compiling one program, whose binary counts as output."""
 
 _logger = logging.getLogger(__name__)
 _ENDS_THE_PROGRAM: frozenset[TestStatus] = frozenset(
@@ -83,6 +95,7 @@ class CodeGrader:
     Args:
         workers: programs run at the same time, over all callers.
         limits: of one test; a test with `cpu_seconds` of its own replaces that one.
+        compile_limits: of compiling one C++ program.
         time_factors: by language, what a test's own `cpu_seconds` is multiplied by.
         max_source_chars: longer programs are not run.
         stop_at_failure: the tests after the first one not passed are not run. They never are
@@ -103,7 +116,8 @@ class CodeGrader:
         self,
         *,
         workers: int = 2,
-        limits: Limits | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        compile_limits: Limits = COMPILE_LIMITS,
         time_factors: Mapping[Language, float] = DEFAULT_TIME_FACTORS,
         max_source_chars: int = 1 << 16,
         stop_at_failure: bool = False,
@@ -115,8 +129,9 @@ class CodeGrader:
         for name, value in (("workers", workers), ("max_source_chars", max_source_chars)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self._limits = limits or Limits()
-        self._time_factors = dict(time_factors)
+        self._limits = limits
+        self._compile_limits = compile_limits
+        self._time_factors = {**DEFAULT_TIME_FACTORS, **time_factors}
         self._max_source_chars = max_source_chars
         self._stop_at_failure = stop_at_failure
         path = shutil.which(compiler)
@@ -252,7 +267,7 @@ class CodeGrader:
             if key in self._binaries:
                 self._binaries.move_to_end(key)
                 return self._binaries[key]
-        binary = self._runner.compile_cpp(source, self._compiler)
+        binary = self._runner.compile_cpp(source, self._compiler, self._compile_limits)
         if isinstance(binary, bytes) and len(binary) <= _CACHED_BINARY_BYTES:
             with self._binaries_lock:
                 self._binaries[key] = binary

@@ -9,14 +9,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
 from trainer.rewards import code_driver
 from trainer.rewards.code_checker import outputs_match, values_match
-from trainer.rewards.code_process import Capture, watch
-from trainer.rewards.code_sandbox import BoxProcess, Limits, Sandbox, passed_data
+from trainer.rewards.code_process import Capture, Ending, watch
+from trainer.rewards.code_sandbox import (
+    BoxProcess,
+    Limits,
+    Sandbox,
+    SandboxUnavailable,
+    passed_data,
+)
 from trainer.rewards.code_tests import CheckTest, FunctionTest, StdinTest
 
 TestStatus = Literal[
@@ -32,14 +38,6 @@ TestStatus = Literal[
 """`crash`: ended by an exception, a signal or a limit other than time. `sandbox_error`: the sandbox
 failed to run the program. `not_run`: an earlier test made it pointless."""
 
-_COMPILE_LIMITS = Limits(
-    cpu_seconds=10,
-    wall_slack_seconds=10,
-    memory_bytes=2 << 30,
-    file_bytes=64 << 20,
-    tmp_bytes=256 << 20,
-    output_bytes=16 << 20,
-)
 _COMPILE_FLAGS = ("-std=gnu++20", "-O2", "-x", "c++")
 _COMPILE_SCRIPT = """
 folder=$(mktemp -d) && "$@" -o "$folder/program" && cat "$folder/program"
@@ -47,11 +45,22 @@ code=$?
 rm -rf "$folder"
 exit $code
 """
+_COMPILE_DRIVER = """
+import marshal, sys
+source = open(int(sys.argv[1]), "rb").read()
+code = compile(source, "code_driver.py", "exec", dont_inherit=True, optimize=2)
+sys.stdout.buffer.write(marshal.dumps(code))
+"""
+_RUN_DRIVER = """
+import marshal, sys
+exec(marshal.loads(open(int(sys.argv.pop(1)), "rb").read()))
+"""
 _OUT_OF_CPU_EXIT = 128 + signal.SIGXCPU
 _KILLED_EXIT = 128 + signal.SIGKILL
 _MAX_DETAIL_CHARS = 400
 _ROOM_BEYOND_EXPECTED = 1 << 16
 _SECONDS_TO_EXIT = 1.0
+_NO_RESULT = "ended before the call returned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,45 +84,51 @@ class Executable:
     is_python: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A command that has ended or been stopped."""
+
+    ending: Ending
+    exit_code: int | None
+    """128 + signal where one ended it; None where it was stopped, or the sandbox failed."""
+    output: bytes
+    errors: bytes
+    seconds: float
+
+
 class Runner:
     """Runs programs in one sandbox; thread-safe, holds nothing between runs."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._driver = Path(code_driver.__file__).read_bytes()
+        self._driver = self._compiled_driver()
 
-    def compile_cpp(self, source: bytes, compiler: str) -> bytes | TestOutcome:
+    def _compiled_driver(self) -> bytes:
+        """The driver's bytecode, made by the interpreter that will run it."""
+        with passed_data(Path(code_driver.__file__).read_bytes()) as source_fd:
+            command = self._sandbox.python_command(_COMPILE_DRIVER, str(source_fd))
+            run = self._run(command, Limits(), pass_fds=[source_fd])
+        if run.exit_code != 0:
+            raise SandboxUnavailable(f"code sandbox: no Python in it: {_tail(run.errors)}")
+        return run.output
+
+    def compile_cpp(self, source: bytes, compiler: str, limits: Limits) -> bytes | TestOutcome:
         """The binary, or the outcome of every test where there is none."""
-        with contextlib.ExitStack() as stack:
-            source_fd = stack.enter_context(passed_data(source))
+        with passed_data(source) as source_fd:
             arguments = [*_COMPILE_FLAGS, f"/proc/self/fd/{source_fd}"]
-            box = stack.enter_context(
-                self._sandbox.start(
-                    ["/bin/sh", "-c", _COMPILE_SCRIPT, "sh", compiler, *arguments],
-                    _COMPILE_LIMITS,
-                    pass_fds=[source_fd],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            )
-            binary, errors = _output_captures(box, _COMPILE_LIMITS.output_bytes)
-            ending = watch(
-                box.process.pid, [binary, errors], wall_seconds=_COMPILE_LIMITS.wall_seconds
-            )
-            if ending != "exited":
-                detail = "compiler ran out of time" if ending == "wall" else "too much output"
-                return TestOutcome(status="compile_error", detail=detail)
-            exit_code = box.exit_code()
-        if exit_code is None:
-            return TestOutcome(status="sandbox_error", detail=_tail(errors))
-        if exit_code != 0:
-            return TestOutcome(status="compile_error", detail=_head(errors))
-        return bytes(binary.data)
+            command = ["/bin/sh", "-c", _COMPILE_SCRIPT, "sh", compiler, *arguments]
+            run = self._run(command, limits, pass_fds=[source_fd])
+        if run.exit_code == 0:
+            return run.output
+        if run.ending != "exited":
+            detail = "out of time" if run.ending == "wall" else "too much output"
+            return TestOutcome(status="compile_error", detail=f"compiler: {detail}")
+        if run.exit_code is None:
+            return TestOutcome(status="sandbox_error", detail=_tail(run.errors))
+        return TestOutcome(status="compile_error", detail=_head(run.errors))
 
     def run_stdin(self, program: Executable, test: StdinTest, limits: Limits) -> TestOutcome:
         """Runs the program on the test's input and compares what it printed."""
-        expected_bytes = len(test.output.encode())
-        most = max(limits.output_bytes, expected_bytes + _ROOM_BEYOND_EXPECTED)
         with contextlib.ExitStack() as stack:
             content_fd = stack.enter_context(passed_data(program.content))
             input_fd = stack.enter_context(passed_data(test.input.encode()))
@@ -122,32 +137,18 @@ class Runner:
             if program.is_python:
                 driver_fd = stack.enter_context(passed_data(self._driver))
                 fds.append(driver_fd)
-                command = self._sandbox.python_command(driver_fd, "stdin", str(content_fd))
-            box = stack.enter_context(
-                self._sandbox.start(
-                    command,
-                    limits,
-                    pass_fds=fds,
-                    stdin=input_fd,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
+                command = self._driver_command(driver_fd, "stdin", content_fd)
+            limits = _with_room_for(len(test.output.encode()), limits)
+            run = self._run(command, limits, pass_fds=fds, stdin=input_fd)
+        if run.ending == "exited" and run.exit_code == 0:
+            actual = run.output.decode(errors="replace")
+            right = outputs_match(
+                test.output, actual, tolerance=test.tolerance, ignore_case=test.ignore_case
             )
-            output, errors = _output_captures(box, most)
-            started = time.monotonic()
-            ending = watch(box.process.pid, [output, errors], wall_seconds=limits.wall_seconds)
-            if ending == "wall":
-                return _wall_timeout()
-            if ending == "output":
-                return TestOutcome(status="output_limit")
-            failure = _failed_exit(box, errors, limits, time.monotonic() - started)
-        if failure is not None:
-            return failure
-        actual = output.data.decode(errors="replace")
-        right = outputs_match(
-            test.output, actual, tolerance=test.tolerance, ignore_case=test.ignore_case
-        )
-        return TestOutcome(status="passed" if right else "wrong")
+            return TestOutcome(status="passed" if right else "wrong")
+        if program.is_python and run.exit_code == code_driver.COMPILE_ERROR_EXIT:
+            return TestOutcome(status="compile_error", detail=_tail(run.errors))
+        return _failure(run, limits)
 
     def run_function(self, source: bytes, test: FunctionTest, limits: Limits) -> TestOutcome:
         """Calls the test's function in the sandbox and compares the value that came back."""
@@ -157,25 +158,14 @@ class Runner:
             "entry_point": test.entry_point,
             "arguments": test.arguments,
         }
-        expected_bytes = len(json.dumps(test.expected))
-        most = max(limits.output_bytes, expected_bytes + _ROOM_BEYOND_EXPECTED)
+        limits = _with_room_for(len(json.dumps(test.expected)), limits)
         with contextlib.ExitStack() as stack:
             result_fd, result_write = _pipe(stack)
             box = self._start_driver(stack, "function", request, [result_write.fileno()], limits)
             result_write.close()
-            result = Capture(result_fd.fileno(), most, is_record=True)
-            errors = _error_capture(box, limits.output_bytes)
-            started = time.monotonic()
-            ending = watch(box.process.pid, [result, errors], wall_seconds=limits.wall_seconds)
-            if ending == "wall":
-                return _wall_timeout()
-            if ending == "output":
-                return TestOutcome(status="output_limit")
-            if ending == "exited":
-                failure = _failed_exit(box, errors, limits, time.monotonic() - started)
-                ended = TestOutcome(status="crash", detail="ended before the call returned")
-                return failure or ended
-        return _judge_result(bytes(result.data), test)
+            result = Capture(result_fd.fileno(), limits.output_bytes, is_record=True)
+            run = _watched(box, limits, result)
+        return _judge_result(run.output, test) if run.ending == "record" else _failure(run, limits)
 
     def run_check(self, source: bytes, test: CheckTest, limits: Limits) -> TestOutcome:
         """Runs the test's code in one sandbox against the program in another."""
@@ -202,22 +192,36 @@ class Runner:
             for end in (*program_ends, *check_ends):
                 end.close()
             verdict = Capture(verdict_read.fileno(), _ROOM_BEYOND_EXPECTED, is_record=True)
-            errors = _error_capture(program, limits.output_bytes)
-            started = time.monotonic()
-            captures = [verdict, errors, _error_capture(check, limits.output_bytes)]
-            ending = watch(check.process.pid, captures, wall_seconds=limits.wall_seconds)
-            elapsed = time.monotonic() - started
-            if ending == "wall":
-                return _wall_timeout()
-            if ending == "output":
-                return TestOutcome(status="output_limit")
-            if ending == "exited":
-                failure = _failed_exit(check, captures[-1], limits, elapsed)
-                return failure or TestOutcome(status="crash", detail="the check gave no verdict")
-            judged = json.loads(verdict.data)
-            if judged["status"] == "gone":
-                return _end_of_program(program, errors, limits, elapsed)
-            return TestOutcome(status=judged["status"], detail=judged["detail"])
+            run = _watched(check, limits, verdict, _error_capture(program, limits))
+            if run.ending != "record":
+                return _failure(run, limits)
+            judged = json.loads(run.output)
+            if judged["status"] != "gone":
+                return TestOutcome(status=judged["status"], detail=judged["detail"])
+            # It may have closed its end of the pipe and live on, which is not waited for long.
+            last = _watched(program, replace(limits, cpu_seconds=_SECONDS_TO_EXIT))
+            if last.ending != "exited":
+                return TestOutcome(status="crash", detail=_NO_RESULT)
+            return _failure(replace(last, seconds=run.seconds + last.seconds), limits)
+
+    def _run(
+        self,
+        command: Sequence[str],
+        limits: Limits,
+        *,
+        pass_fds: Sequence[int],
+        stdin: int = subprocess.DEVNULL,
+    ) -> _Run:
+        with self._sandbox.start(
+            command,
+            limits,
+            pass_fds=pass_fds,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as box:
+            assert box.process.stdout is not None
+            return _watched(box, limits, Capture(box.process.stdout.fileno(), limits.output_bytes))
 
     def _start_driver(
         self,
@@ -229,15 +233,17 @@ class Runner:
     ) -> BoxProcess:
         driver_fd = stack.enter_context(passed_data(self._driver))
         request_fd = stack.enter_context(passed_data(json.dumps(request).encode()))
-        arguments = [mode, str(request_fd), *map(str, fds)]
         return stack.enter_context(
             self._sandbox.start(
-                self._sandbox.python_command(driver_fd, *arguments),
+                self._driver_command(driver_fd, mode, request_fd, *fds),
                 limits,
                 pass_fds=[driver_fd, request_fd, *fds],
                 stderr=subprocess.PIPE,
             )
         )
+
+    def _driver_command(self, driver_fd: int, mode: str, *fds: int) -> list[str]:
+        return self._sandbox.python_command(_RUN_DRIVER, str(driver_fd), mode, *map(str, fds))
 
 
 def _judge_result(line: bytes, test: FunctionTest) -> TestOutcome:
@@ -260,35 +266,37 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"expected a JSON number, got {name}")
 
 
-def _failed_exit(
-    box: BoxProcess, errors: Capture, limits: Limits, elapsed: float
-) -> TestOutcome | None:
-    """The outcome of a program that has ended by itself, or None where it ended well."""
-    exit_code = box.exit_code()
-    if exit_code == 0:
-        return None
-    if exit_code is None:
-        return TestOutcome(status="sandbox_error", detail=_tail(errors))
-    killed_late = exit_code == _KILLED_EXIT and elapsed >= limits.cpu_seconds_whole
-    if exit_code == _OUT_OF_CPU_EXIT or killed_late:
+def _watched(box: BoxProcess, limits: Limits, *captures: Capture) -> _Run:
+    """Waits for the end of a command; the first of the captures is its output."""
+    errors = _error_capture(box, limits)
+    started = time.monotonic()
+    ending = watch(box.process.pid, [*captures, errors], wall_seconds=limits.wall_seconds)
+    seconds = time.monotonic() - started
+    exit_code = box.exit_code() if ending == "exited" else None
+    output = bytes(captures[0].data) if captures else b""
+    return _Run(ending, exit_code, output, bytes(errors.data), seconds)
+
+
+def _failure(run: _Run, limits: Limits) -> TestOutcome:
+    """The outcome of a run that brought no result to judge."""
+    if run.ending == "wall":
+        return TestOutcome(status="timeout", detail="over the real-time limit", overran_wall=True)
+    if run.ending == "output":
+        return TestOutcome(status="output_limit", detail=f"over {limits.output_bytes} bytes")
+    if run.exit_code is None:
+        return TestOutcome(status="sandbox_error", detail=_tail(run.errors))
+    if run.exit_code == 0:
+        return TestOutcome(status="crash", detail=_NO_RESULT)
+    killed_late = run.exit_code == _KILLED_EXIT and run.seconds >= limits.cpu_seconds_whole
+    if run.exit_code == _OUT_OF_CPU_EXIT or killed_late:
         return TestOutcome(status="timeout", detail=f"over {limits.cpu_seconds_whole} s of CPU")
-    if exit_code == code_driver.COMPILE_ERROR_EXIT:
-        return TestOutcome(status="compile_error", detail=_tail(errors))
-    return TestOutcome(status="crash", detail=f"exit code {exit_code}: {_tail(errors)}")
+    return TestOutcome(status="crash", detail=f"exit code {run.exit_code}: {_tail(run.errors)}")
 
 
-def _end_of_program(
-    program: BoxProcess, errors: Capture, limits: Limits, elapsed: float
-) -> TestOutcome:
-    """Why a program did not answer a call."""
-    remaining = [Capture(errors.fd, errors.limit, data=errors.data)]
-    ending = watch(program.process.pid, remaining, wall_seconds=_SECONDS_TO_EXIT)
-    failure = _failed_exit(program, errors, limits, elapsed) if ending == "exited" else None
-    return failure or TestOutcome(status="crash", detail="ended before the call returned")
-
-
-def _wall_timeout() -> TestOutcome:
-    return TestOutcome(status="timeout", detail="over the real-time limit", overran_wall=True)
+def _with_room_for(expected_bytes: int, limits: Limits) -> Limits:
+    """Limits that allow an output as long as the expected one."""
+    most = max(limits.output_bytes, expected_bytes + _ROOM_BEYOND_EXPECTED)
+    return replace(limits, output_bytes=most)
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
@@ -297,19 +305,14 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
     return read_end, stack.enter_context(open(write_fd, "wb", buffering=0))
 
 
-def _output_captures(box: BoxProcess, limit: int) -> tuple[Capture, Capture]:
-    assert box.process.stdout is not None
-    return Capture(box.process.stdout.fileno(), limit), _error_capture(box, limit)
-
-
-def _error_capture(box: BoxProcess, limit: int) -> Capture:
+def _error_capture(box: BoxProcess, limits: Limits) -> Capture:
     assert box.process.stderr is not None
-    return Capture(box.process.stderr.fileno(), limit)
+    return Capture(box.process.stderr.fileno(), limits.output_bytes)
 
 
-def _head(errors: Capture) -> str:
-    return errors.data[: 4 * _MAX_DETAIL_CHARS].decode(errors="replace").strip()[:_MAX_DETAIL_CHARS]
+def _head(errors: bytes) -> str:
+    return errors[: 4 * _MAX_DETAIL_CHARS].decode(errors="replace").strip()[:_MAX_DETAIL_CHARS]
 
 
-def _tail(errors: Capture) -> str:
-    return errors.data[-_MAX_DETAIL_CHARS:].decode(errors="replace").strip()
+def _tail(errors: bytes) -> str:
+    return errors[-_MAX_DETAIL_CHARS:].decode(errors="replace").strip()

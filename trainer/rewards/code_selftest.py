@@ -140,18 +140,17 @@ def _try_out(sandbox: Sandbox, level: SandboxLevel) -> list[str]:
             "cpu_seconds": limits.cpu_seconds_whole,
             **_set_traps(stack),
         }
-        script = Path(code_probe.__file__).read_bytes()
-        script_fd = stack.enter_context(passed_data(script))
+        script = Path(code_probe.__file__).read_text(encoding="utf-8")
         request_fd = stack.enter_context(passed_data(json.dumps(request).encode()))
         result_fd, result_write = os.pipe()
         stack.callback(os.close, result_fd)
-        command = sandbox.python_command(script_fd, str(request_fd), str(result_write))
+        command = sandbox.python_command(script, str(request_fd), str(result_write))
         with open(result_write, "wb") as write_end:
             box = stack.enter_context(
                 sandbox.start(
                     command,
                     limits,
-                    pass_fds=(script_fd, request_fd, result_write),
+                    pass_fds=(request_fd, result_write),
                     stderr=subprocess.PIPE,
                 )
             )

@@ -5,7 +5,8 @@ Every function takes time linear in the length of its text and returns a value f
 
 Declared choices: `\\boxed 5` (no braces), `\\fbox{5}`, `\\\\boxed{5}` (a line break, then the
 word) and `\\boxed{5\\}` (escaped brace, never closed) are not boxes; an empty thought or an empty
-answer breaks the format.
+answer breaks the format; a turn with a NUL or a lone surrogate in it has no answer, and one with
+U+FFFD, which stands for bytes that are no text, breaks the format.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from trainer.templates import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 _BRACE_OR_BOX = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\.|[{}]", re.DOTALL)
 _SPECIAL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,60}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn)>")
 _SPECIAL_TOKEN_MAX_CHARS = 64
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _UNDECODABLE = re.compile("[\x00\ud800-\udfff\ufffd]")
 
 
@@ -62,7 +64,7 @@ def extract_answer(completion: str, template: Template) -> str | None:
     """
     turn = _first_turn(completion, template)
     parts = _split_thought(turn, template)
-    if parts is None:
+    if parts is None or _NO_TEXT.search(turn):
         return None
     if template.answer_in == "boxed":
         answer = extract_boxed(parts.rest)

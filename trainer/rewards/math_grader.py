@@ -18,8 +18,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Literal, Self
 
+from trainer.math_answers.reading import why_unusable
 from trainer.rewards.matching import MAX_ANSWER_CHARS, answers_match
-from trainer.rewards.math_answer import why_unusable
 from trainer.rewards.math_pool import Verdict, WorkerPool
 
 GRADE_STATUSES = ("ok", "timeout", "parse_fail", "too_long", "crash")
@@ -175,8 +175,9 @@ def _usable(golds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _gold_tuple(gold: Gold) -> tuple[str, ...]:
-    golds = (gold,) if isinstance(gold, str) else tuple(gold)
-    if not all(isinstance(one, str) for one in golds):
+    is_several = isinstance(gold, list | tuple)
+    golds = (gold,) if isinstance(gold, str) else tuple(gold) if is_several else ()
+    if not golds or not all(isinstance(one, str) for one in golds):
         raise TypeError(f"gold: expected a string or a list of strings, got {gold!r}")
     return golds
 

@@ -106,7 +106,7 @@ class _Worker:
         search_path = [str(Path(trainer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "trainer.rewards.math_worker"),
+                *(sys.executable, "-P", "-m", "trainer.math_answers.worker"),
                 *(str(WORKER_MEMORY_BYTES), str(timeout_seconds)),
             ],
             stdin=subprocess.PIPE,

@@ -7,27 +7,37 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from trainer.rewards.matching import ascii_forms, normalised_text
-from trainer.rewards.math_parser import parse
-from trainer.rewards.math_tree import AnswerError, Node, UnreadableError, UnsupportedError
-from trainer.rewards.math_vocabulary import PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
+from trainer.math_answers.normalisation import ascii_forms, normalised_text
+from trainer.math_answers.parser import parse
+from trainer.math_answers.tree import AnswerError, Node, UnreadableError, UnsupportedError
+from trainer.math_answers.vocabulary import ABBREVIATIONS, PHRASES, TEXT_COMMANDS, UNICODE_COMMANDS
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
+_WORDED = re.compile(r"\\text\s*\{([^{}]*[Aa]nswer[^{}]*)\}")
+_ALIGNMENT = re.compile(
+    r"\\begin\s*\{((?:align(?:ed)?|gather(?:ed)?|equation|split)\*?)\}(.*?)\\end\s*\{\1\}",
+    re.DOTALL,
+)
 _CURRENCY = re.compile(r"\\?\$|\\(?:pounds|euro|textdollar)(?![A-Za-z])|[€£¥]")
-_THIN_SPACE = re.compile(r"\\!|(?<=\d)\\[,;:](?=\d{3}(?!\d))|(?<=\d)~(?=\d{3}(?!\d))")
+_THIN_SPACE = re.compile(
+    r",?\\!|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)\\[,;:](?=\d{3}(?!\d))|(?<=\d)~(?=\d{3}(?!\d))"
+)
 _STYLE = re.compile(rf"\\(?:{'|'.join(sorted(TEXT_COMMANDS))}|bf|rm|displaystyle)\*?(?![A-Za-z])")
 _FINAL_MARKS = re.compile(r"(?:\s|[,;:]|(?<!\.)\.|\\\\|\\[,;:! ])+$")
 _FRENCH_INTERVAL = re.compile(r"([\[\]])([^\[\]()]+[,;][^\[\]()]+)([\[\]])")
 _WHITE_SPACE = re.compile(r"(?:\s|\\[,;:! ]|~)+")
 _CHOICE = re.compile(r"(\()?\s*([A-Ja-j])\s*(?(1)\)|[.):]?)\s*(.*)", re.DOTALL)
-_WORDS = re.compile(r"[A-Za-z0-9\s.,;:'\"()&/-]*[A-Za-z]{3}[A-Za-z0-9\s.,;:'\"()&/-]*", re.ASCII)
+_WORDS = re.compile(
+    r"[Nn][Oo]|[A-Za-z0-9\s.,;:'\"()&/-]*[A-Za-z]{3}[A-Za-z0-9\s.,;:'\"()&/-]*", re.ASCII
+)
 _ARTICLE = re.compile(r"\b(?:the|a|an)\b")
 _DECIMAL_COMMA = re.compile(r"([+-]?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)", re.ASCII)
 _THOUSANDS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
+_LETTER_UNIT = re.compile(r"(.*[\d})])\s+[mgshLNJWVAKC]")
 _NAMED = re.compile(r"(?P<name>[^=<>+*/\d]*[A-Za-z][^=<>+*/\d]*)=(?P<value>[^=<>]+)")
 _HAS_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 
@@ -46,8 +56,8 @@ class Answer:
     """The letter has a mark: `(B)`, `B.`."""
     readings: tuple[Node, ...]
     """As mathematics; several where the notation is ambiguous."""
-    decimal: Node | None
-    """Read with a decimal comma, where it can be."""
+    numbers: tuple[Node, ...]
+    """Read as a number in a way that only a number as gold suggests: `3,5` or `5 m`."""
     failure: AnswerError | None
     """Why it has no reading as mathematics."""
 
@@ -75,7 +85,9 @@ def read_answer(text: str) -> Answer:
         choice=choice,
         is_marked_choice=is_marked,
         readings=readings,
-        decimal=_decimal_comma(math),
+        numbers=tuple(
+            node for node in (_decimal_comma(math), _with_letter_unit(math)) if node is not None
+        ),
         failure=failure,
     )
 
@@ -95,14 +107,23 @@ def why_unusable(text: str) -> str | None:
 def _math_text(text: str) -> str:
     text = text.strip().translate(UNICODE_COMMANDS)
     text = text if text.isascii() else ascii_forms(text)
+    worded = _WORDED.match(text)
+    text = f"{worded[1]} {text[worded.end() :]}" if worded is not None else text
     text = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
     while (box := _BOX.fullmatch(text.strip())) is not None and _is_balanced(box[1]):
         text = box[1]
-    text = text.replace("\\(", "").replace("\\)", "").replace("{,}", ",")
+    text = text.replace("\\left<", "\\langle ").replace("\\right>", "\\rangle ")
+    text = _ALIGNMENT.sub(lambda match: _lines(match[2]), text.replace("\\\\%", "\\%"))
+    text = text.replace("\\(", "").replace("\\)", "")
     text = re.sub(r"\\\[|\\\](?!\d)", "", text) if "\\begin" not in text else text
-    text = _THIN_SPACE.sub("", _CURRENCY.sub("", text))
+    text = _THIN_SPACE.sub("", _CURRENCY.sub("", text)).replace("{,}", ",")
     text = text.strip().strip("*").strip() if text.strip().startswith("**") else text
     return _FINAL_MARKS.sub("", text).strip()
+
+
+def _lines(aligned: str) -> str:
+    lines = [line.replace("&", " ").strip() for line in aligned.split("\\\\")]
+    return ", ".join(line for line in lines if line)
 
 
 def _readings(text: str) -> tuple[Node, ...]:
@@ -149,7 +170,8 @@ def _words(text: str) -> str | None:
         return None
     text = re.sub(r"(?<=[a-z])['-](?=[a-z])", "", text.lower())
     text = re.sub(r"[.,;:'\"()&](?!\d)|(?<!\d)-", " ", text)
-    return " ".join(_ARTICLE.sub(" ", text).split()) or None
+    words = " ".join(_ARTICLE.sub(" ", text).split())
+    return ABBREVIATIONS.get(words, words) or None
 
 
 def _decimal_comma(text: str) -> Node | None:
@@ -159,6 +181,16 @@ def _decimal_comma(text: str) -> Node | None:
     sign, whole, decimals = match.groups()
     value = Fraction(f"{whole.replace('.', '')}.{decimals}")
     return Node("num", value=-value if sign == "-" else value)
+
+
+def _with_letter_unit(text: str) -> Node | None:
+    match = _LETTER_UNIT.fullmatch(text)
+    if match is None:
+        return None
+    try:
+        return parse(match[1])
+    except AnswerError:
+        return None
 
 
 def _is_balanced(text: str) -> bool:
@@ -171,4 +203,4 @@ def _is_balanced(text: str) -> bool:
 
 
 def _says_something(text: str) -> bool:
-    return len(re.findall(r"[^\W_]", text)) > 0
+    return re.search(r"[^\W_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None

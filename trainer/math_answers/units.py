@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from trainer.rewards.math_vocabulary import MULTIPLIERS, UNITS
+from trainer.math_answers.vocabulary import MULTIPLIERS, UNITS
 
 _PIECE = re.compile(r"[A-Za-z]+|-?\d+|/")
 _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
@@ -52,6 +52,12 @@ def dimension_of(unit: str) -> tuple[Dimension, Fraction] | None:
 def same_words(left: str, right: str) -> bool:
     """Whether two units are written the same but for case, spaces and a plural s."""
     return _bare(left) == _bare(right)
+
+
+def share_a_word(left: str, right: str) -> bool:
+    """Whether a word stands in both: "ways" and "different ways"."""
+    words = [{_bare(word) for word in unit.split()} for unit in (left, right)]
+    return bool(words[0] & words[1])
 
 
 def _bare(unit: str) -> str:

@@ -1,6 +1,6 @@
 """The process that compares answers: killable, limited in memory and CPU time, free of torch.
 
-`python -m trainer.rewards.math_worker MEMORY_BYTES CPU_SECONDS` loads its libraries once and forks
+`python -m trainer.math_answers.worker MEMORY_BYTES CPU_SECONDS` loads its libraries once and forks
 a child that answers requests, one JSON line each way. The kernel kills the child when a request
 takes more CPU time than allowed (also inside one long big-integer operation, where Python sees no
 signal); this process then reports the death in place of the answer and forks the next child, warm.
@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import BinaryIO
 
-from trainer.rewards.math_comparison import compare, warm_up
+from trainer.math_answers.comparison import compare, warm_up
 
 _PR_SET_PDEATHSIG = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from trainer.rewards.math_tree import Node
+from trainer.math_answers.tree import Node, integer
 
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -29,15 +29,21 @@ RENAMED_COMMANDS = {
     **{"cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "vdots": "ldots", "degree": "deg"},
     **{"imath": "i", "jmath": "j", "varepsilon": "epsilon", "varphi": "phi", "vartheta": "theta"},
     **{"land": "and", "wedge": "and", "lor": "or", "vee": "or", "sign": "sgn", "cupdot": "cup"},
-    **{"ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
+    **{"mod": "bmod", "ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
     **{"uplus": "cup", "bigcup": "cup", "bigcap": "cap", "iint": "int", "oint": "int"},
-    **{"dddot": "ddot", "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec"},
+    **{
+        "overline": "bar",
+        "dddot": "ddot",
+        "widehat": "hat",
+        "widetilde": "tilde",
+        "overrightarrow": "vec",
+    },
 }
 
 DROPPED_COMMANDS = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
     "textstyle scriptstyle limits nolimits boldsymbol mathbf mathit mathsf mathtt mathcal bf it "
-    "sf tt rm pmb bm mathstrut hline nonumber middle color".split()
+    "sf tt rm pmb bm mathstrut hline nonumber middle checkmark".split()
 )
 
 SPACE_COMMANDS = frozenset("quad qquad thinspace enspace space".split())
@@ -67,6 +73,7 @@ WORD_COMMANDS = {
     **{"mod": "bmod", "percent": "%", "choose": "choose", "binomial": "binom", "binom": "binom"},
     **{"cdot": "cdot", "times": "times", "over": "over", "Re": "Re", "Im": "Im", "det": "det"},
     **{"arsinh": "arcsinh", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh"},
+    **{"arcosh": "arccosh", "artanh": "arctanh"},
     **{"deg": "deg", "factorial": "factorial", "ceiling": "ceil"},
 }
 
@@ -102,11 +109,26 @@ PHRASES = {
     **{"no solution": _NOTHING, "no solutions": _NOTHING, "empty set": _NOTHING},
     **{"no real solution": _NOTHING, "no real solutions": _NOTHING, "the empty set": _NOTHING},
     **{"infinity": Node("const", value="oo")},
+    **{
+        word: integer(value)
+        for value, word in enumerate(
+            "zero one two three four five six seven eight nine ten eleven twelve".split()
+        )
+    },
 }
 """What some phrases stand for."""
 
+ABBREVIATIONS = {"dne": "does not exist"}
+
 MULTIPLIERS = {
-    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{
+        "dozen": 12,
+        "hundred": 100,
+        "thousand": 1000,
+        "million": 10**6,
+        "billion": 10**9,
+        "trillion": 10**12,
+    },
 }
 
 _UNIT_TABLE = """
@@ -133,8 +155,8 @@ ml mL milliliter milliliters millilitre millilitres | L3 | 1/1000000
 dollar dollars usd USD bucks | D1 | 1
 cent cents | D1 | 1/100
 euro euros | E1 | 1
-n N newton newtons | M1L1T-2 | 1
-j J joule joules | M1L2T-2 | 1
+N newton newtons | M1L1T-2 | 1
+J joule joules | M1L2T-2 | 1
 kJ kilojoule kilojoules | M1L2T-2 | 1000
 W watt watts | M1L2T-3 | 1
 kW kilowatt kilowatts | M1L2T-3 | 1000
@@ -168,13 +190,14 @@ _VOWEL = re.compile("[aeiouyAEIOUY]")
 _NO_UNIT = frozenset(
     "is not isn no none if when where but then than for with the are was all any each every only "
     "unless except answer wrong true false between from does solution solutions undefined lambda "
-    "exec eval import print return".split()
+    "exec eval import print return minus plus squared cubed halves thirds fourths quarters fifths "
+    "sixths sevenths eighths ninths tenths below above under remainder".split()
 )
 
 
 def is_unit_word(word: str, *, after_number: bool) -> bool:
     """Whether a run of plain letters is a word (a unit after a number), not a product."""
-    if word in UNITS:
+    if word in UNITS or word in ("per", "sq", "cu"):
         return after_number
     return len(word) >= 4 and _VOWEL.search(word) is not None
 

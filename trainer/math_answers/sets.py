@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mpmath import mp, mpf
 
-from trainer.rewards.math_numeric import constant_value, equal_constants
-from trainer.rewards.math_tree import Node, symbols
+from trainer.math_answers.numeric import constant_value, equal_constants
+from trainer.math_answers.tree import Node, symbols
 
 MAX_PIECES = 200
 
@@ -57,6 +57,8 @@ def _pieces(node: Node) -> list[Piece] | None:
         return _union(node)
     if node.kind in ("intersection", "and"):
         return _intersection(node)
+    if node.kind == "seq" and node.value == "":
+        return _conditions(node)
     if node.kind == "difference":
         left, right = (_pieces(arg) for arg in node.args)
         return None if left is None or right is None else _intersect(left, _complement(right))
@@ -107,6 +109,13 @@ def _intersection(node: Node) -> list[Piece] | None:
             return None
         pieces = _intersect(pieces, _merged(part))
     return pieces
+
+
+def _conditions(node: Node) -> list[Piece] | None:
+    """Inequalities with commas between: all hold, unless that cannot be; then one of them does."""
+    if not all(arg.kind == "rel" and arg.operators != ("=",) for arg in node.args):
+        return None
+    return _intersection(node) or _union(node)
 
 
 def _built(node: Node) -> list[Piece] | None:

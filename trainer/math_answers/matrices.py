@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.rewards.math_tree import Node, integer
+from trainer.math_answers.tree import Node, integer
 
 MAX_CELLS = 100
 
@@ -18,6 +18,9 @@ def as_matrix(node: Node) -> Node | None:
         return _from_rows(node)
     if node.kind == "call" and node.value == "transpose":
         inner = as_matrix(node.args[0])
+        is_row = node.args[0].kind == "seq" and inner is not None and inner.columns == 1
+        if is_row:
+            return inner
         return None if inner is None else _transposed(inner)
     if node.kind == "neg":
         return _scaled(node.args[0], integer(-1))
@@ -25,6 +28,8 @@ def as_matrix(node: Node) -> Node | None:
         return _scaled(node.args[0], Node("inv", (node.args[1],)))
     if node.kind == "add":
         return _sum(node)
+    if node.kind == "pow":
+        return _power(node)
     return _product(node) if node.kind == "mul" else None
 
 
@@ -82,6 +87,29 @@ def _product(node: Node) -> Node | None:
         return product
     cells = tuple(Node("mul", (*scalars, cell)) for cell in product.args)
     return Node("matrix", cells, product.value)
+
+
+def _power(node: Node) -> Node | None:
+    base, exponent = node.args
+    matrix = as_matrix(base) if base.kind == "matrix" else None
+    if matrix is not None and exponent == Node("neg", (integer(1),)):
+        return _inverse(matrix)
+    if matrix is None or exponent.kind != "num" or exponent.number not in (2, 3):
+        return None
+    product = _multiplied(matrix, matrix)
+    if product is None or exponent.number == 2:
+        return product
+    return _multiplied(product, matrix)
+
+
+def _inverse(matrix: Node) -> Node | None:
+    """Of two rows and two columns."""
+    if matrix.columns != 2 or len(matrix.args) != 4:
+        return None
+    first, second, third, fourth = matrix.args
+    cells = (fourth, Node("neg", (second,)), Node("neg", (third,)), first)
+    determinant = Node("call", (matrix,), "det")
+    return Node("matrix", tuple(Node("div", (cell, determinant)) for cell in cells), 2)
 
 
 def _multiplied(left: Node, right: Node) -> Node | None:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from trainer.rewards.math_tree import TooCostlyError, UnreadableError
-from trainer.rewards.math_vocabulary import (
+from trainer.math_answers.tree import TooCostlyError, UnreadableError
+from trainer.math_answers.vocabulary import (
     DROPPED_COMMANDS,
     OPERATOR_COMMANDS,
     RENAMED_COMMANDS,
@@ -19,6 +19,7 @@ from trainer.rewards.math_vocabulary import (
 )
 
 MAX_TOKENS = 1500
+MAX_TEXT_NESTING = 4
 MAX_DECIMAL_EXPONENT = 1000
 
 
@@ -56,6 +57,7 @@ _PIECE = re.compile(
 )
 _FUNCTION_PREFIX = re.compile(r"(sin|cos|tan|cot|sec|csc|ln|log|sqrt)([a-zA-Z]{1,2})")
 _DIGIT_OR_SYMBOL = re.compile(r"[\d+=<>^*/\\()\[\]]")
+_UNIT_QUOTIENT = re.compile(r"(?:m|g|L|N|J|W|V|C)\s*/\s*(?:s|h|m|g|L|kg|cm|min|mol|mL)(?![A-Za-z])")
 _UNIT_FORMULA = re.compile(r"[A-Za-z][A-Za-z0-9 /^.-]+")
 _RELATION_SPELLINGS = {"==": "=", "=<": "<=", "**": "^"}
 
@@ -64,19 +66,22 @@ def tokenise(text: str, *, thousands: bool = True) -> list[Token]:
     """The tokens of a text, without an end mark.
 
     Args:
-        text: normalised as `math_answer` does.
+        text: normalised as `reading` does.
         thousands: read `1,234` outside brackets as one number, not as a list of two.
 
     Raises:
         UnreadableError: a character that no mathematics is written with, unclosed \\text.
         TooCostlyError: too many tokens, or a number with too large an exponent.
     """
-    return _Tokeniser(text, thousands).run()
+    return _Tokeniser(text, thousands, nesting=0).run()
 
 
 class _Tokeniser:
-    def __init__(self, text: str, thousands: bool) -> None:
+    def __init__(self, text: str, thousands: bool, nesting: int) -> None:
+        if nesting > MAX_TEXT_NESTING:
+            raise TooCostlyError(f"text commands nested deeper than {MAX_TEXT_NESTING}")
         self._text = text
+        self._nesting = nesting
         self._thousands = thousands
         self._at = 0
         self._depth = 0
@@ -139,7 +144,9 @@ class _Tokeniser:
     def _word(self, word: str) -> None:
         last = self._tokens[-1] if self._tokens else END
         prefix = _FUNCTION_PREFIX.fullmatch(word)
-        if word.lower() in SEPARATORS:
+        if _ends_a_value(last) and self._is_unit(word):
+            self._add("text", word)
+        elif word.lower() in SEPARATORS:
             self._add("separator", word.lower())
         elif word in WORD_COMMANDS:
             self._command(WORD_COMMANDS[word])
@@ -153,6 +160,15 @@ class _Tokeniser:
         else:
             for letter in word:
                 self._add("letter", letter)
+
+    def _is_unit(self, word: str) -> bool:
+        """Units that could be something else: `30 min`, `5 in`, `3 m/s`."""
+        following = self._text[self._at :]
+        if word in ("min", "in"):
+            return not following.lstrip().startswith(("(", "[", "\\"))
+        return (
+            len(word) == 1 and self._spaced and _UNIT_QUOTIENT.match(word + following) is not None
+        )
 
     def _command(self, name: str) -> None:
         if name in ("begin", "end"):
@@ -207,7 +223,8 @@ class _Tokeniser:
         elif _ends_a_value(last) and _UNIT_FORMULA.fullmatch(words):
             self._add("text", words)
         elif _DIGIT_OR_SYMBOL.search(words) or (words in ("e", "i", "d")):
-            self._tokens.extend(tokenise(words))
+            inner = _Tokeniser(words, self._thousands, self._nesting + 1)
+            self._tokens.extend(inner.run())
         elif len(words) == 1 and words.isalpha() and not _ends_a_value(last):
             self._add("letter", words)
         else:

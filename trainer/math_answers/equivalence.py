@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trainer.rewards.math_answer import Answer
-from trainer.rewards.math_matrices import as_matrix
-from trainer.rewards.math_numeric import equal_expressions
-from trainer.rewards.math_parser import is_set
-from trainer.rewards.math_relations import (
+from trainer.math_answers.matrices import as_matrix
+from trainer.math_answers.numeric import equal_expressions
+from trainer.math_answers.parser import is_set
+from trainer.math_answers.reading import Answer
+from trainer.math_answers.relations import (
     assigned_values,
     equal_relations,
     is_relation,
     solution_interval,
+    with_sign,
 )
-from trainer.rewards.math_sets import equal_sets, real_set
-from trainer.rewards.math_tree import Node, UndefinedError, integer, walk
-from trainer.rewards.math_units import dimension_of, multiplier_of, same_words
+from trainer.math_answers.sets import equal_sets, real_set
+from trainer.math_answers.tree import Node, UndefinedError, integer, symbols, walk
+from trainer.math_answers.units import dimension_of, multiplier_of, same_words, share_a_word
 
 MAX_UNORDERED = 40
 
@@ -27,9 +28,8 @@ _ANGLE_FUNCTIONS = frozenset("sin cos tan cot sec csc".split())
 def equal_answers(gold: Answer, answer: Answer) -> bool:
     """Whether an answer is right, by its text, its words, its letter or its mathematics.
 
-    Not symmetric in three points: only the answer may be read with a decimal comma, may give a
-    choice letter with the choice's content (`(B) 5`), and may state an equation of which only the
-    last side is asked for (`a+b = 5`).
+    Not symmetric: only the answer may be read with a decimal comma (`3,5`) or with a letter for a
+    unit (`5 m`), and may state an equation for a formula (`a+b = 5`).
 
     Raises:
         TooCostlyError: a value is too large to compute.
@@ -41,10 +41,11 @@ def equal_answers(gold: Answer, answer: Answer) -> bool:
             return True
         if gold.is_marked_choice and gold.choice.upper() == answer.choice.upper():
             return True
-    readings = answer.readings
-    if answer.decimal is not None:
-        readings = (*readings, answer.decimal)
-    return any(_equal(one, other) for one in gold.readings for other in readings)
+    for one in gold.readings:
+        numbers = () if symbols(one) else answer.numbers
+        if any(_equal(one, other) for other in (*answer.readings, *numbers)):
+            return True
+    return False
 
 
 def _equal(gold: Node, answer: Node) -> bool:
@@ -61,9 +62,9 @@ def _equal(gold: Node, answer: Node) -> bool:
     if gold.kind in _STRUCTURES or answer.kind in _STRUCTURES:
         return _equal_structures(gold, answer)
     matrices = as_matrix(gold), as_matrix(answer)
-    if matrices[0] is not None or matrices[1] is not None:
-        return None not in matrices and _equal_structures(*(m for m in matrices if m is not None))
-    return _equal_values(gold, answer)
+    if matrices[0] is not None and matrices[1] is not None:
+        return _equal_structures(matrices[0], matrices[1])
+    return matrices == (None, None) and _equal_values(gold, answer)
 
 
 _STRUCTURES = ("cases", "based", "ellipsis", "builder")
@@ -155,7 +156,7 @@ def _equal_quantities(gold_measure: tuple[Node, str], answer_measure: tuple[Node
         return _equal(gold, answer)
     dimensions = dimension_of(gold_unit), dimension_of(answer_unit)
     if dimensions[0] is None and dimensions[1] is None:
-        return _equal(gold, answer)
+        return share_a_word(gold_unit, answer_unit) and _equal(gold, answer)
     if dimensions[0] is None or dimensions[1] is None or dimensions[0][0] != dimensions[1][0]:
         return False
     gold, answer = (
@@ -174,6 +175,9 @@ def _measured(node: Node) -> tuple[Node, str]:
             return Node("mul", node.args[:-1]), " / ".join(names)
     if node.kind != "quantity":
         return node, ""
+    if node.value == "prime":
+        # Feet, inches and minutes of arc are all written so.
+        return _measured(node.args[0])[0], ""
     factor, unit = multiplier_of(node.name)
     return (node.args[0] if factor == 1 else Node("mul", (node.args[0], integer(factor)))), unit
 
@@ -182,22 +186,19 @@ def _without_plus_minus(node: Node) -> Node:
     """A bare list of both values, where a plus-or-minus sign stands for two."""
     if node.kind == "seq":
         if node.value not in ("", "{}"):
-            return node
+            return _both_signs(node)
         items: list[Node] = []
         for arg in node.args:
             both = _without_plus_minus(arg)
-            items.extend(both.args if both.kind == "seq" and arg.kind != "seq" else [arg])
+            items.extend(both.args if both != arg and both.value == "" else [arg])
         return replace(node, args=tuple(items))
-    if node.kind in ("quantity", "rel") or not any(part.kind == "pm" for part in walk(node)):
+    return node if node.kind in ("quantity", "rel") else _both_signs(node)
+
+
+def _both_signs(node: Node) -> Node:
+    if not any(part.kind == "pm" for part in walk(node)):
         return node
-    return Node("seq", (_with_sign(node, "pm"), _with_sign(node, "mp")))
-
-
-def _with_sign(node: Node, plus: str) -> Node:
-    args = tuple(_with_sign(arg, plus) for arg in node.args)
-    if node.kind in ("pm", "mp"):
-        return args[0] if node.kind == plus else Node("neg", args)
-    return replace(node, args=args)
+    return Node("seq", (with_sign(node, "pm"), with_sign(node, "mp")))
 
 
 def _is_collection(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Reads tokens into a tree: lists, relations and sets here, expressions in `math_expressions`.
+"""Reads tokens into a tree: lists, relations and sets here, expressions in `expressions`.
 
 A hand-written descent over a closed grammar: what it does not know is refused, nothing is
 evaluated, and its recursion is bounded.
@@ -6,10 +6,10 @@ evaluated, and its recursion is bounded.
 
 from __future__ import annotations
 
-from trainer.rewards.math_expressions import ExpressionParser
-from trainer.rewards.math_tokens import tokenise
-from trainer.rewards.math_tree import Node, TooCostlyError, UnreadableError
-from trainer.rewards.math_vocabulary import is_unit_stop
+from trainer.math_answers.expressions import ExpressionParser
+from trainer.math_answers.tokens import Token, tokenise
+from trainer.math_answers.tree import Node, TooCostlyError, UnreadableError
+from trainer.math_answers.vocabulary import is_unit_stop
 
 MAX_TREE_DEPTH = 150
 
@@ -21,7 +21,7 @@ def parse(text: str, *, thousands: bool = True, tight: bool = False) -> Node:
     """The tree of an answer.
 
     Args:
-        text: normalised as `math_answer` does.
+        text: normalised as `reading` does.
         thousands: as `tokenise`.
         tight: read `1/2x` as 1/(2x), not as (1/2)x.
 
@@ -31,7 +31,7 @@ def parse(text: str, *, thousands: bool = True, tight: bool = False) -> Node:
         TooCostlyError: too long or too deeply nested.
     """
     parser = _AnswerParser(tokenise(text, thousands=thousands), tight)
-    if parser.at_op("="):
+    if parser.at_op("=", "~"):
         parser.take()
     node = parser.items("end")
     if parser.peek().kind != "end":
@@ -54,6 +54,8 @@ class _AnswerParser(ExpressionParser):
                 separators.pop()
                 break
             clauses.append(self._clause())
+        # "k in Z" after a comma says what a letter stands for.
+        clauses = [clauses[0], *(clause for clause in clauses[1:] if not _is_declaration(clause))]
         if len(clauses) == 1:
             return clauses[0]
         if all(clause.kind == "rel" for clause in clauses) and len(set(separators)) == 1:
@@ -62,7 +64,7 @@ class _AnswerParser(ExpressionParser):
         return Node("seq", tuple(clauses))
 
     def _ends_list(self) -> bool:
-        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}")
+        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}", "&", "\\\\")
 
     def _clause(self) -> Node:
         sides, operators = [self._side()], []
@@ -87,9 +89,14 @@ class _AnswerParser(ExpressionParser):
 
     def _set_operand(self) -> Node:
         node = self.expression()
-        while is_set(node) and self.at_op("-"):
+        if self.at_command("choose"):
             self.take()
-            node = Node("difference", (node, self.expression()))
+            return Node("call", (node, self.expression()), "binom")
+        if self.at_command("over"):
+            self.take()
+            return Node("div", (node, self.expression()))
+        if node.kind == "add" and is_set(node.args[0]):
+            return _set_difference(node)
         return node
 
     def _with_unit(self, node: Node) -> Node:
@@ -98,8 +105,8 @@ class _AnswerParser(ExpressionParser):
         if self.peek().kind == "text":
             while not self._ends_unit():
                 token = self.take()
-                if token.kind == "text" and is_unit_stop(token.text):
-                    raise UnreadableError(f"the words {token.text!r}")
+                if not _may_be_in_unit(token, pieces):
+                    raise UnreadableError(f"{token.text!r} in a unit")
                 pieces.append(token.text)
         return Node("quantity", (node,), " ".join(pieces)) if pieces else node
 
@@ -121,11 +128,35 @@ class _AnswerParser(ExpressionParser):
         return depth > 0
 
 
+def _may_be_in_unit(token: Token, before: list[str]) -> bool:
+    if token.kind == "text":
+        is_power = bool(before) and token.text in ("squared", "cubed")
+        return is_power or not is_unit_stop(token.text)
+    last = before[-1]
+    if token.kind == "number" or token.text == "-":
+        return last in ("^", "{", "-")
+    return token.kind == "op" or last in ("/", "*")
+
+
 def is_set(node: Node) -> bool:
     """Whether a tree can only be a set: an interval, braces, a named set, a set operation."""
     if node.kind == "seq":
         return node.value == "{}" or (len(node.args) == 2 and node.value not in ("", "<>"))
     return node.kind in ("set", "union", "intersection", "difference", "builder")
+
+
+def _set_difference(node: Node) -> Node:
+    """`R - {0}`, where it was read as a sum."""
+    result, *others = node.args
+    for other in others:
+        if other.kind != "neg" or not is_set(other.args[0]):
+            return node
+        result = Node("difference", (result, other.args[0]))
+    return result
+
+
+def _is_declaration(clause: Node) -> bool:
+    return clause.kind == "rel" and clause.operators == ("in",) and clause.args[1].kind == "set"
 
 
 def _check_depth(node: Node) -> None:
