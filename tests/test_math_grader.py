@@ -126,6 +126,8 @@ def test_lenient_mode_also_accepts_what_math_verify_does(grader: MathGrader) -> 
     assert [grade.correct for grade in grader.grade(list(pairs))] == [False, False, False, True]
     with MathGrader(workers=1, mode="lenient") as lenient:
         assert [grade.correct for grade in lenient.grade(list(pairs))] == [True, True, False, True]
+        for code in ("(lambda: 5)()", "exec('5')", "[5 for x in ().__class__.__bases__]", "`5`"):
+            assert not lenient.grade([("5", code)])[0].correct
 
 
 NESTED_ROOTS = "\\sqrt{" * 40 + "5" + "}" * 40

@@ -53,8 +53,8 @@ class MathGrader:
         workers: processes that compare.
         timeout_seconds: CPU seconds that the comparison of one answer may take.
         mode: "strict" for training: equal means equal. "lenient" for parity with published
-            evaluations: also right is whatever math-verify accepts with its default settings, such
-            as decimals equal to six places.
+            evaluations: also right is what math-verify accepts of LaTeX with its default settings,
+            such as decimals equal to six places or the last side of any equation.
         cache_size: graded pairs that are remembered.
 
     Raises:
