@@ -20,6 +20,7 @@ from trainer.rollout.transformers_sampler import end_token_ids
 from trainer.templates import Template
 
 CPU_CACHE_GIB = 2
+CPU_BATCHED_TOKENS = 4096
 
 
 class VllmSampler:
@@ -59,15 +60,23 @@ class VllmSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
         vllm = importlib.import_module("vllm")
+        is_cpu = device.type == "cpu"
+        # vLLM 0.32 rewinds the generator of a request whose prompt was computed in part, which the
+        # generators of a CPU cannot do; so prompts are computed whole there.
+        whole_prompts = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_tokens, CPU_BATCHED_TOKENS),
+        }
         try:
             self.engine = vllm.LLM(
                 source,
                 dtype=dtype,
                 max_model_len=max_tokens,
-                enforce_eager=device.type == "cpu",
+                enforce_eager=is_cpu,
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
                 logprobs_mode="processed_logprobs",
                 seed=0,
+                **(whole_prompts if is_cpu else {}),
             )
         except (ValueError, OSError) as error:
             first_line = (str(error).strip().splitlines() or [repr(error)])[0]
