@@ -83,6 +83,8 @@ class ExpressionParser(ConstructParser):
         follows_number = self.peek(-1).kind == "number"
         if follows_number and self.peek().kind == "number":
             return [*factors[:-1], self._plain_mixed_number(factors[-1])]
+        if self.peek().kind == "number" and not self._may_multiply_from_the_right(factors[-1]):
+            raise UnreadableError("a number right after a value")
         is_fraction = self.at_command("frac")
         factor = self.factor()
         # A percent sign or a degree sign belongs to the whole mixed number.
@@ -92,6 +94,11 @@ class ExpressionParser(ConstructParser):
             mixed = Node("add", (factors[-1], fraction))
             return [*factors[:-1], Node(mark, (mixed,)) if mark else mixed]
         return [*factors, factor]
+
+    def _may_multiply_from_the_right(self, before: Node) -> bool:
+        """`n2^n` and `2^3 5` are products; `x2` and `(x+1)2` are slips."""
+        is_apart = self.peek().is_spaced and before.kind in ("pow", "root", "div", "call")
+        return is_apart or self.peek(1).text in ("^", "!")
 
     def _plain_mixed_number(self, whole: Node) -> Node:
         top, bar, bottom = self.take(), self.take(), self.take()

@@ -64,7 +64,7 @@ class _AnswerParser(ExpressionParser):
         return Node("seq", tuple(clauses))
 
     def _ends_list(self) -> bool:
-        return self.peek().kind == "end" or self.at_op(")", "]", "}", "\\}", "&", "\\\\")
+        return self.peek().kind == "end" or self.at_op("&", "\\\\")
 
     def _clause(self) -> Node:
         sides, operators = [self._side()], []

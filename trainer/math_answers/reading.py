@@ -38,7 +38,7 @@ _ARTICLE = re.compile(r"\b(?:the|a|an)\b")
 _DECIMAL_COMMA = re.compile(r"([+-]?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)", re.ASCII)
 _THOUSANDS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
 _LETTER_UNIT = re.compile(r"(.*[\d})])\s+[mgshLNJWVAKC]")
-_NAMED = re.compile(r"(?P<name>[^=<>+*/\d]*[A-Za-z][^=<>+*/\d]*)=(?P<value>[^=<>]+)")
+_NAMED = re.compile(r"(?P<name>[A-Za-z|\\][^=<>+*/^\d-]*)=(?P<value>[^=<>]+)")
 _HAS_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 
 
@@ -142,7 +142,7 @@ def _readings(text: str) -> tuple[Node, ...]:
         raise
     except UnreadableError:
         named = _NAMED.fullmatch(text)
-        if named is None:
+        if named is None or not _is_balanced(named["name"], "()"):
             raise
         text = named["value"]
         readings = [parse(text)]
@@ -193,10 +193,10 @@ def _with_letter_unit(text: str) -> Node | None:
         return None
 
 
-def _is_balanced(text: str) -> bool:
+def _is_balanced(text: str, brackets: str = "{}") -> bool:
     depth = 0
-    for piece in re.findall(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(piece, 0)
+    for piece in re.findall(r"\\.|[(){}]", text, re.DOTALL):
+        depth += {brackets[0]: 1, brackets[1]: -1}.get(piece, 0)
         if depth < 0:
             return False
     return depth == 0

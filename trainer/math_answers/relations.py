@@ -179,7 +179,9 @@ def _equal_functions(gold: Node, answer: Node, equal: Equal) -> bool:
     """`f(x) = 2x` and `y = 2x`: the same function under two names."""
     if not all(map(_is_equation, (gold, answer))):
         return False
-    if not all(_is_function_head(_name_side(relation)) for relation in (gold, answer)):
+    heads = [_name_side(relation) for relation in (gold, answer)]
+    arguments = {head.args[-1] for head in heads if head.args}
+    if not all(map(_is_function_head, heads)) or len(arguments) > 1:
         return False
     values = _values_of(gold, True), _values_of(answer, True)
     return any(equal(one, other) for one in values[0] for other in values[1])
