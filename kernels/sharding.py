@@ -43,7 +43,8 @@ class VocabShard:
         """The shard of these bounds in the process group of that name; None for no bounds."""
         if not bounds:
             return None
-        return cls(_resolve_process_group(group_name), *bounds)
+        named: Any = group_name
+        return cls(_resolve_process_group(named), *bounds)
 
     @property
     def width(self) -> int:
