@@ -97,8 +97,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not record.rows:
         return
     stem, old = config.getoption("--record"), config.getoption("--compare")
-    terminalreporter.write_line("\n" + markdown(record))
     if stem:
         save(record, stem)
+    terminalreporter.write_line("\n" + markdown(record))
     if old:
         terminalreporter.write_line("\n" + comparison(load(old), record))

@@ -95,8 +95,8 @@ def save(record: Record, stem: Path) -> None:
     """Writes STEM.json, one row a line, and STEM.md."""
     rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in record.rows)
     head = json.dumps({"machine": record.machine, "missing": record.missing}, indent=1)
-    stem.with_suffix(".json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-    stem.with_suffix(".md").write_text(markdown(record) + "\n")
+    Path(f"{stem}.json").write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    Path(f"{stem}.md").write_text(markdown(record) + "\n")
 
 
 def load(path: Path) -> Record:
@@ -198,7 +198,7 @@ def error_summary(record: Record) -> str:
 
     def cell(shapes: list[dict[str, float]], name: str) -> str:
         known = [errors[name] for errors in shapes if name in errors]
-        shares = [e[name] / e[PLAIN] for e in shapes if name in e and PLAIN in e]
+        shares = [e[name] / e[PLAIN] for e in shapes if name in e and e.get(PLAIN)]
         bracket = f" ({max(shares):.2g})" if shares and name != PLAIN else ""
         return f"{max(known):.1e}{bracket}" if known else ""
 

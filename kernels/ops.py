@@ -111,11 +111,11 @@ def linear_token_logprobs(
     """`token_logprobs` of the logits hidden @ weight.T + bias, which never exist beyond one chunk.
 
     Any gradient may come from above, so backward computes the logits a second time: four matrix
-    products. `linear_policy_loss` needs three.
+    products. `linear_policy_loss` needs three. Its text on dtypes and bits holds here too.
 
     Args:
         hidden: [N, D] or [B, T, D].
-        weight: [W, D], same dtype and device.
+        weight: [W, D] on the same device; a plain tensor, as FSDP2 hands it to a module's forward.
         bias: [W] or None.
         chunk_tokens: tokens a chunk; None: as many as fit 128 MiB of logits (2.5 GiB on a GPU).
         vocab: the rows of the weight that this rank holds; `hidden` is the same on all ranks.
@@ -128,8 +128,8 @@ def linear_token_logprobs(
         ValueError, TypeError: an argument does not fit; "name: expected X, got Y".
         RuntimeError: the backend is not available.
 
-    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, one of the
-    hidden gradient in backward.
+    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, and one integer
+    if `chunk_tokens` is None; one of the hidden gradient in backward.
     """
     check_devices(hidden.device, weight=weight, bias=bias, token_ids=token_ids)
     settings = checked_head(
@@ -302,15 +302,26 @@ def linear_policy_loss(
     """`policy_loss` of the logits hidden @ weight.T + bias, which never exist beyond one chunk.
 
     Three matrix products in all: the gradients by hidden states, weight and bias are computed in
-    forward, each only if it is required. Logits are float32 from the product to the loss, and the
-    weight gradient is accumulated in float32. Tokens without gradient leave the last two products.
+    forward, each only if it is required. Ignored tokens take no part in any product, tokens without
+    gradient (metric "zero_gradient_fraction") none in the last two.
+
+    Dtypes: logits are float32 from the product to the loss, and the weight gradient is accumulated
+    in float32, also under autocast, which changes nothing where hidden, weight and bias share a
+    dtype. They may differ only under autocast: a GPU then multiplies in autocast's dtype, a CPU in
+    float32. Each gradient has the dtype of its input.
+
+    Bits: the same input with the same `chunk_tokens` gives the same bits, gradients included. On a
+    CPU with MKL a token's log-prob and entropy have the same bits whatever tokens are beside it and
+    however they are cut into chunks; other matrix libraries, and GPUs, may round otherwise for
+    another number of rows. The weight gradient is a sum over chunks, which moves with them.
 
     Args:
         hidden: [N, D] or [B, T, D].
-        weight: [W, D], same dtype and device.
+        weight: [W, D] on the same device; a plain tensor, as FSDP2 hands it to a module's forward.
         bias: [W] or None.
         chunk_tokens: tokens a chunk; None: as many as fit 128 MiB of logits (2.5 GiB on a GPU).
-            Losses that couple the tokens of a sequence keep each sequence in one chunk.
+            Losses that couple the tokens of a sequence keep each sequence in one chunk, whose
+            memory is then that of the longest sequence at least.
         vocab: the rows of the weight that this rank holds; `hidden` is the same on all ranks.
         The others are those of `policy_loss`.
 
@@ -321,8 +332,8 @@ def linear_policy_loss(
         ValueError, TypeError: an argument does not fit; "name: expected X, got Y".
         RuntimeError: the backend is not available; or, in backward, a second backward.
 
-    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk and one of the hidden
-    gradient, all in forward.
+    Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk, one of the hidden gradient,
+    and one integer if `chunk_tokens` is None, all in forward.
     """
     settings = checked_head(
         hidden,

@@ -218,6 +218,18 @@ def test_large_input_is_read_whole(code_grader: CodeGrader) -> None:
     assert graded(code_grader, "print(len(input()))", test).status == "passed"
 
 
+def test_packages_are_importable_only_where_they_are_named(
+    code_grader: CodeGrader, tmp_path: Path
+) -> None:
+    (tmp_path / "forty_two.py").write_text("answer = 42")
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    program = "import forty_two; print(forty_two.answer)"
+    assert graded(code_grader, program, ADD_ONE).status == "crash"
+    with CodeGrader(packages=[str(tmp_path)]) as grader:
+        assert graded(grader, program, ADD_ONE).status == "passed"
+
+
 # 81: C++, and compilers as a target
 
 

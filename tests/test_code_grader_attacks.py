@@ -192,7 +192,7 @@ def test_output_is_cut_off(code_grader: CodeGrader, stream: str, amount: str) ->
 
 @pytest.mark.parametrize("test", function_and_check("y"), ids=["call", "check"])
 def test_returned_value_is_cut_off(code_grader: CodeGrader, test: CodeTest) -> None:
-    grade = graded(code_grader, "def solve(x): return 'x' * 10**8", test)
+    grade = graded(code_grader, "def solve(x): return 'x' * (2 << 20)", test)
     assert grade.status == "output_limit"
 
 
@@ -268,21 +268,18 @@ def test_host_files_and_environment_are_not_there(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     secret = tmp_path / "expected.json"
-    secret.write_text("hf_secret")
-    for folder in (secret, *secret.parents[:3]):
-        folder.chmod(0o755)
+    secret.write_text("42")
+    for path in (secret, *secret.parents[:3]):
+        path.chmod(0o755)
     program = """
         import os, sys
-        for path in sys.stdin.read().split("\\n"):
-            try: print(path, os.listdir(path) if os.path.isdir(path) else open(path).read(9))
-            except OSError: pass
+        print([path for path in sys.stdin.read().split("\\n") if os.path.exists(path)])
         seen = [open(f"/proc/{pid}/environ").read() for pid in os.listdir("/proc") if pid.isdigit()]
         print("secret" if "hf_secret" in str((seen, os.environ)) else "nothing")
-        print(sorted(os.listdir("/etc")))
         """
-    home = Path.home()
-    paths = [secret, Path(__file__), "/etc/passwd", "/root", "/home", "/work", home, home / ".ssh"]
-    grade = printed(code_grader, program, "nothing ['ld.so.cache']", "\n".join(map(str, paths)))
+    repository = Path(__file__).resolve().parents[1]
+    paths = [secret, __file__, repository / "pyproject.toml", Path.home() / ".ssh", "/etc/passwd"]
+    grade = printed(code_grader, program, "[] nothing", "\n".join(map(str, paths)))
     assert grade.status == "passed", grade
 
 
@@ -360,6 +357,18 @@ def test_patched_modules_change_nothing(code_grader: CodeGrader) -> None:
         """
     for test in (ADD_ONE, *function_and_check(42)):
         assert not graded(code_grader, program, test).correct
+
+
+def test_closed_channels_are_a_crash(code_grader: CodeGrader) -> None:
+    program = """
+        import os, time
+        def solve(x):
+            os.closerange(3, 32)
+            time.sleep(600)
+        """
+    call, check = function_and_check(42)
+    assert graded(code_grader, program, check).status == "crash"
+    assert graded(code_grader, program, call).status == "timeout"
 
 
 # 74, 75, 77: objects that equal everything, hunts for the expected value

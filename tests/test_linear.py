@@ -108,6 +108,51 @@ def test_frozen_weight_and_frozen_hidden_get_no_gradient(backend: str, device: s
     assert torch.equal(trained.grad, both[0].grad) and torch.equal(head.grad, both[1].grad)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_ignored_tokens_take_no_part(backend: str, device: str, name: str) -> None:
+    """Hidden states of ignored tokens hold NaN; one sequence is ignored as a whole."""
+    values = problem(device)
+    arguments = loss_arguments(device, backend)
+    ids = arguments["token_ids"] = arguments["token_ids"].clone()
+    ids[3:17], ids[40] = -100, -100
+    hidden, weight, bias = leaves(*values)
+    want = kernels.policy_loss(hidden @ weight.T + bias, spec=SPECS[name], **arguments)
+    want.loss.backward()
+    broken = values[0].masked_fill((ids == -100)[:, None], float("nan"))
+    hidden2, weight2, bias2 = leaves(broken, *values[1:])
+    got = kernels.linear_policy_loss(
+        hidden2, weight2, bias=bias2, spec=SPECS[name], chunk_tokens=7, **arguments
+    )
+    got.loss.backward()
+    assert bool((hidden2.grad[ids == -100] == 0).all())
+    for leaf, exact in ((hidden2, hidden), (weight2, weight), (bias2, bias)):
+        assert relative_error(leaf.grad, exact.grad) < 1e-5
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    for metric, value in want.metrics.items():
+        assert got.metrics[metric].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), metric
+
+
+def test_only_ignored_tokens_give_zero(backend: str, device: str) -> None:
+    values = problem(device)
+    ids = torch.full((6, 8), -100, device=device)
+    for name in ("dapo + entropy", "gspo"):
+        hidden, weight, bias = leaves(values[0].view(6, 8, 16), *values[1:])
+        out = kernels.linear_policy_loss(
+            hidden,
+            weight,
+            ids,
+            None,
+            bias=bias,
+            spec=SPECS[name],
+            advantages=torch.ones(6, device=device),
+            backend=backend,
+        )
+        logprobs = kernels.linear_token_logprobs(hidden, weight, ids, bias=bias, backend=backend)
+        (out.loss + logprobs.logprobs.sum()).backward()
+        assert out.loss.item() == 0 and out.metrics["tokens"].item() == 0
+        assert all(bool((leaf.grad == 0).all()) for leaf in (hidden, weight, bias))
+
+
 def test_bfloat16_logits_are_not_rounded_before_the_loss(backend: str, device: str) -> None:
     hidden, weight, _ = problem(device, torch.bfloat16)
     ids = grpo_batch(48, 211, torch.float32, device=device).token_ids_N

@@ -133,6 +133,11 @@ def test_truncated_completion_earns_nothing_but_its_penalties() -> None:
     assert (cut.correct, cut.extracted, cut.status) == (False, None, "truncated")
 
 
+def test_truncation_takes_away_what_would_add_whatever_the_sign_of_the_weight() -> None:
+    (cut,) = score_group([attempt(GOOD, truncated=True)], format_weight=-0.5)
+    assert cut.parts["format"] == 1.0 and cut.total == -0.5
+
+
 def test_masked_truncated_completion_has_no_reward() -> None:
     finished, cut = score_group([attempt(GOOD), attempt(GOOD, truncated=True)], truncated="mask")
     assert finished.total == 1.2

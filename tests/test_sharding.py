@@ -1,8 +1,7 @@
 """Logits split over 2 and 4 gloo ranks give what the whole logits give, values and gradients."""
 
 import math
-import os
-import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from torch import Tensor
 
 import kernels
 from kernels import LossSpec, VocabShard
+from kernels.linear_head import CHUNK_BYTES
 from kernels.testing import grpo_batch, relative_error
 
-WIDTH = 301
-BOUNDS = {2: [0, 190, 301], 4: [0, 3, 150, 299, 301]}
+WIDTH = 61
+BOUNDS = {2: [0, 40, 61], 4: [0, 3, 30, 59, 61]}
 PADDING = 5
 SPECS = (
     LossSpec.preset("dapo", kl="k3", kl_weight=0.1, entropy_weight=0.01),
@@ -24,32 +24,48 @@ SPECS = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def check_shard(rank: int, world_size: int, port: int, backend: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def check_rank(rank: int, world_size: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     start, end = BOUNDS[world_size][rank : rank + 2]
     vocab = VocabShard(dist.group.WORLD, start, end)
-    batch = grpo_batch(24, WIDTH, torch.float32)
+    for backend, reason in kernels.available_backends().items():
+        if reason == "available":
+            check_backend(vocab, backend)
+    check_ranks_agree_on_chunks(vocab)
+    with pytest.raises(ValueError, match="VocabShard: expected 0 <= start < end"):
+        VocabShard(dist.group.WORLD, 5, 5)
+    dist.destroy_process_group()
+
+
+def check_backend(vocab: VocabShard, backend: str) -> None:
+    batch = grpo_batch(16, WIDTH, torch.float32)
     logits = batch.logits_NV.clone()
-    logits[0, :200] = -math.inf
+    logits[0, :40] = -math.inf
     logits[1] -= 1e4
-    batch.token_ids_N[0], batch.token_ids_N[2] = 250, -100
+    batch.token_ids_N[0], batch.token_ids_N[2] = 50, -100
     for spec in SPECS:
         check_policy_loss(logits, batch, spec, vocab, backend)
     check_linear(batch, vocab, backend)
-    with pytest.raises(ValueError, match="VocabShard: expected 0 <= start < end"):
-        VocabShard(dist.group.WORLD, 5, 5)
-    nobody = torch.full((24,), WIDTH)
-    out = kernels.token_logprobs(logits[:, start:end], nobody, vocab=vocab, backend=backend)
+    nobody = torch.full((16,), WIDTH)
+    part = logits[:, vocab.start : vocab.end]
+    out = kernels.token_logprobs(part, nobody, vocab=vocab, backend=backend)
     assert bool(out.logprobs.isnan().all())
-    dist.destroy_process_group()
+
+
+def check_ranks_agree_on_chunks(vocab: VocabShard) -> None:
+    """A byte budget admits fewer tokens on the rank with the widest shard; all have to follow."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(16, 8, generator=generator)
+    weight = torch.randn(WIDTH, 8, generator=generator)
+    ids = torch.randint(0, WIDTH, (16,), generator=generator)
+    want = kernels.linear_token_logprobs(hidden, weight, ids).logprobs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHUNK_BYTES, "cpu", 4 * WIDTH * 5)
+        got = kernels.linear_token_logprobs(
+            hidden, weight[vocab.start : vocab.end], ids, vocab=vocab
+        ).logprobs
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def check_policy_loss(
@@ -71,7 +87,7 @@ def check_policy_loss(
     columns = slice(vocab.start, vocab.end)
     for inplace in (False, True):
         # Padding columns hold NaN: they must never be read, and get gradient zero.
-        part = torch.full((24, vocab.width + PADDING), math.nan)
+        part = torch.full((16, vocab.width + PADDING), math.nan)
         part[:, : vocab.width] = logits[:, columns]
         part.requires_grad_()
         got = kernels.policy_loss(part, vocab=vocab, inplace_backward=inplace, **arguments)
@@ -86,7 +102,7 @@ def check_policy_loss(
 
 def check_linear(batch: Any, vocab: VocabShard, backend: str) -> None:
     generator = torch.Generator().manual_seed(7)
-    hidden = torch.randn(24, 8, generator=generator)
+    hidden = torch.randn(16, 8, generator=generator)
     weight = torch.randn(WIDTH, 8, generator=generator)
     gradients = []
     for rows, shard in ((slice(0, WIDTH), None), (slice(vocab.start, vocab.end), vocab)):
@@ -111,5 +127,5 @@ def check_linear(batch: Any, vocab: VocabShard, backend: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_sharded_equals_unsharded(backend: str, world_size: int) -> None:
-    mp.spawn(check_shard, args=(world_size, free_port(), backend), nprocs=world_size)
+def test_sharded_equals_unsharded(world_size: int, tmp_path: Path) -> None:
+    mp.spawn(check_rank, args=(world_size, str(tmp_path / "store")), nprocs=world_size)

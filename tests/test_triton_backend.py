@@ -107,41 +107,6 @@ def test_errors_at_a_large_vocabulary_are_at_most_those_of_pytorch(dtype: torch.
     assert (entropy_N - exact_entropy_N).norm() <= (eager_entropy_N - exact_entropy_N).norm()
 
 
-HARD_ROWS = {
-    "offset 1e4": lambda x: (x * 4).round() / 4 + 1e4,
-    "offset -1e4": lambda x: (x * 4).round() / 4 - 1e4,
-    "leading -inf": lambda x: x.index_fill(1, torch.arange(4000, device=DEVICE), -math.inf),
-    "scattered -inf": lambda x: x.masked_fill(x > 2, -math.inf),
-    "one finite": lambda x: torch.full_like(x, -math.inf).index_fill(
-        1, torch.tensor([4500], device=DEVICE), 3.0
-    ),
-    "confident": lambda x: x.index_fill(1, torch.tensor([4500], device=DEVICE), 22.0),
-    "huge": lambda x: x.sign() * 1.5e38,
-}
-
-
-@pytest.mark.parametrize("name", HARD_ROWS)
-def test_hard_rows_match_the_float64_reference(name: str) -> None:
-    logits_OIW = HARD_ROWS[name](random_logits(2, 5000))[None]
-    ids_N = torch.full((2,), 4500, device=DEVICE)
-    coefs_2N = torch.tensor([[1.0, -0.3], [0.5, 0.1]], device=DEVICE)
-    got = passes(triton_backend, logits_OIW, ids_N, 1.0, 0.0, coefs_2N)
-    want = passes(reference, logits_OIW.double(), ids_N, 1.0, 0.0, coefs_2N)
-    for value, exact in zip(got, want, strict=True):
-        torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=2e-6)
-
-
-def test_gradient_at_a_confident_target_survives() -> None:
-    logits_OIW = torch.tensor([[[-40.0, 3.0, -40.0]]], device=DEVICE)
-    ids_N, zero_N = torch.ones(1, dtype=torch.long, device=DEVICE), torch.zeros(1, device=DEVICE)
-    out_OIW = torch.empty_like(logits_OIW)
-    log_sum_N = torch.tensor([1e-9], device=DEVICE)
-    triton_backend.grad_logits(
-        logits_OIW, ids_N, 1.0, 0.0, zero_N + 3, log_sum_N, zero_N, zero_N + 1, zero_N, out_OIW
-    )
-    assert out_OIW[0, 0, 1].item() == pytest.approx(1e-9, rel=1e-6, abs=0)
-
-
 def test_all_minus_infinite_row_has_the_statistics_of_an_empty_shard() -> None:
     logits_OIW = torch.full((1, 1, 300), -math.inf, device=DEVICE)
     stats_4N = triton_backend.row_stats(logits_OIW, torch.tensor([-1], device=DEVICE), 1.0, 0.0)
@@ -200,28 +165,6 @@ def test_layout_changes_no_bit_and_touches_nothing_else(layout: str, dtype: torc
         base = target_OIW._base
         assert base is not None and base.isnan().sum() == base.numel() - target_OIW.numel()
     assert torch.equal(logprobs_N, want[0]) and torch.equal(entropy_N, want[1])
-
-
-@pytest.mark.parametrize("width", [333, 9001])
-def test_bits_of_a_row_do_not_depend_on_its_batch(width: int) -> None:
-    logits_OIW = random_logits(1, 5, width, dtype=torch.bfloat16)
-    ids_N, coefs_2N = random_ids(5, width), random_logits(2, 5, seed=3)
-    together = passes(triton_backend, logits_OIW, ids_N, 0.8, 0.0, coefs_2N)
-    again = passes(triton_backend, logits_OIW, ids_N, 0.8, 0.0, coefs_2N)
-    for value, repeated in zip(together, again, strict=True):
-        assert torch.equal(value, repeated)
-    for row in range(5):
-        alone = passes(
-            triton_backend,
-            logits_OIW[:, row : row + 1],
-            ids_N[row : row + 1],
-            0.8,
-            0.0,
-            coefs_2N[:, row : row + 1],
-        )
-        assert torch.equal(alone[0][0], together[0][row])
-        assert torch.equal(alone[1][0], together[1][row])
-        assert torch.equal(alone[2][0, 0], together[2][0, row])
 
 
 def token_batch(*, on_policy: bool = False) -> TokenBatch:

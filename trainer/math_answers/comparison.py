@@ -57,7 +57,9 @@ def _is_right(gold: str, read: Answer, answer: str, mode: str) -> bool:
     if equal_answers(gold_read, read):
         return True
     if mode == "lenient":
-        return _math_verify_accepts(gold, answer, MATH_VERIFY_DECIMALS)
+        return _math_verify_accepts(
+            gold, answer, MATH_VERIFY_DECIMALS, takes_numbers_from_text=True
+        )
     needs_algebra = any(
         isinstance(failure, UnsupportedError) for failure in (gold_read.failure, read.failure)
     )
@@ -69,7 +71,7 @@ def _is_right(gold: str, read: Answer, answer: str, mode: str) -> bool:
     for text in (gold, answer):
         if len(text) > MAX_ALGEBRA_CHARS or _COSTLY_ALGEBRA.search(text):
             raise TooCostlyError("computer algebra on a long or towering formula")
-    return _math_verify_accepts(gold, answer, EXACT_DECIMALS)
+    return _math_verify_accepts(gold, answer, EXACT_DECIMALS, takes_numbers_from_text=False)
 
 
 def _status_of(read: Answer) -> str:
@@ -79,10 +81,17 @@ def _status_of(read: Answer) -> str:
     return "parse_fail" if is_junk and not isinstance(read.failure, UnsupportedError) else "ok"
 
 
-def _math_verify_accepts(gold: str, answer: str, decimals: int) -> bool:
+def _math_verify_accepts(
+    gold: str, answer: str, decimals: int, *, takes_numbers_from_text: bool
+) -> bool:
     # Its own time limits need the main thread's alarm; the worker's CPU limit takes their place.
+    # Of LaTeX it takes the whole, of other text also a number that stands somewhere in it.
+    targets = [math_verify.LatexExtractionConfig()]
+    if takes_numbers_from_text:
+        targets.append(math_verify.ExprExtractionConfig())
     parsed = [
-        math_verify.parse(f"${_bare(text)}$", parsing_timeout=None) for text in (gold, answer)
+        math_verify.parse(f"${_bare(text)}$", targets, parsing_timeout=None)
+        for text in (gold, answer)
     ]
     return bool(math_verify.verify(*parsed, float_rounding=decimals, timeout_seconds=None))
 

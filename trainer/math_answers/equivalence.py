@@ -17,7 +17,7 @@ from trainer.math_answers.relations import (
 )
 from trainer.math_answers.sets import equal_sets, real_set
 from trainer.math_answers.tree import Node, UndefinedError, integer, symbols, walk
-from trainer.math_answers.units import dimension_of, multiplier_of, same_words
+from trainer.math_answers.units import dimension_of, multiplier_of, same_words, share_a_word
 
 MAX_UNORDERED = 40
 
@@ -156,7 +156,7 @@ def _equal_quantities(gold_measure: tuple[Node, str], answer_measure: tuple[Node
         return _equal(gold, answer)
     dimensions = dimension_of(gold_unit), dimension_of(answer_unit)
     if dimensions[0] is None and dimensions[1] is None:
-        return _equal(gold, answer)
+        return share_a_word(gold_unit, answer_unit) and _equal(gold, answer)
     if dimensions[0] is None or dimensions[1] is None or dimensions[0][0] != dimensions[1][0]:
         return False
     gold, answer = (
@@ -175,6 +175,9 @@ def _measured(node: Node) -> tuple[Node, str]:
             return Node("mul", node.args[:-1]), " / ".join(names)
     if node.kind != "quantity":
         return node, ""
+    if node.value == "prime":
+        # Feet, inches and minutes of arc are all written so.
+        return _measured(node.args[0])[0], ""
     factor, unit = multiplier_of(node.name)
     return (node.args[0] if factor == 1 else Node("mul", (node.args[0], integer(factor)))), unit
 
@@ -183,13 +186,17 @@ def _without_plus_minus(node: Node) -> Node:
     """A bare list of both values, where a plus-or-minus sign stands for two."""
     if node.kind == "seq":
         if node.value not in ("", "{}"):
-            return node
+            return _both_signs(node)
         items: list[Node] = []
         for arg in node.args:
             both = _without_plus_minus(arg)
-            items.extend(both.args if both.kind == "seq" and arg.kind != "seq" else [arg])
+            items.extend(both.args if both != arg and both.value == "" else [arg])
         return replace(node, args=tuple(items))
-    if node.kind in ("quantity", "rel") or not any(part.kind == "pm" for part in walk(node)):
+    return node if node.kind in ("quantity", "rel") else _both_signs(node)
+
+
+def _both_signs(node: Node) -> Node:
+    if not any(part.kind == "pm" for part in walk(node)):
         return node
     return Node("seq", (_with_sign(node, "pm"), _with_sign(node, "mp")))
 

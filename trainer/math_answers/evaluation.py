@@ -28,16 +28,19 @@ MAX_MATRIX_SIDE = 6
 _WHOLE_TOLERANCE = mpf(10) ** -25
 
 
-def evaluate(node: Node, point: dict[str, mpf]) -> Number:
+def evaluate(node: Node, point: dict[str, mpf], *, is_real: bool = False) -> Number:
     """The value with variables as in the point.
+
+    Args:
+        is_real: a part that is not real has no value; otherwise principal values count.
 
     Raises:
         UndefinedError: no value there, or the tree is no expression.
         TooCostlyError: the value, or the work, is too large.
     """
     try:
-        return _Evaluator(point).value(node)
-    except (ZeroDivisionError, ValueError, OverflowError, TypeError) as error:
+        return _Evaluator(point, is_real).value(node)
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError, KeyError) as error:
         # What mpmath raises outside the domain of a function.
         raise UndefinedError(str(error)) from error
 
@@ -58,13 +61,22 @@ def renew_budget() -> None:
 
 
 class _Evaluator:
-    def __init__(self, point: dict[str, mpf]) -> None:
+    def __init__(self, point: dict[str, mpf], is_real: bool) -> None:
         self._point = point
+        self._is_real = is_real
 
     def value(self, node: Node) -> Number:
         _budget.steps -= 1
         if _budget.steps < 0:
             raise TooCostlyError(f"more than {MAX_STEPS} steps")
+        value = self._value(node)
+        if self._is_real and isinstance(value, mpc):
+            if abs(value.imag) > _WHOLE_TOLERANCE * abs(value):
+                raise UndefinedError("not real")
+            value = value.real
+        return value
+
+    def _value(self, node: Node) -> Number:
         if node.kind in _OPERATIONS:
             return _OPERATIONS[node.kind]([self.value(arg) for arg in node.args])
         if node.kind == "num":
@@ -77,6 +89,8 @@ class _Evaluator:
             return self._power(node)
         if node.kind in ("sum", "prod"):
             return self._series(node)
+        if node.kind in ("int", "diff"):
+            return self._calculus(node)
         if node.kind == "call" and node.value == "det":
             return self._determinant(node.args[0])
         if node.kind == "call" and node.value in _FUNCTIONS:
@@ -105,6 +119,22 @@ class _Evaluator:
             total = total + term if node.kind == "sum" else total * term
         self._point = outer
         return total
+
+    def _calculus(self, node: Node) -> Number:
+        outer = self._point
+
+        def body(at: mpf) -> Number:
+            self._point = outer | {node.name: at}
+            value = self.value(node.args[-1])
+            self._point = outer
+            return value
+
+        if node.kind == "diff":
+            return mp.diff(body, self._point[node.name])
+        value, error = mp.quad(body, [self.value(arg) for arg in node.args[:2]], error=True)
+        if error > mpf(10) ** (-mp.dps // 2) * max(1, abs(value)):
+            raise UndefinedError("an integral that does not converge")
+        return value
 
     def _determinant(self, matrix: Node) -> Number:
         columns = matrix.columns if matrix.kind == "matrix" else 0

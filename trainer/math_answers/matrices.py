@@ -28,6 +28,8 @@ def as_matrix(node: Node) -> Node | None:
         return _scaled(node.args[0], Node("inv", (node.args[1],)))
     if node.kind == "add":
         return _sum(node)
+    if node.kind == "pow":
+        return _power(node)
     return _product(node) if node.kind == "mul" else None
 
 
@@ -85,6 +87,17 @@ def _product(node: Node) -> Node | None:
         return product
     cells = tuple(Node("mul", (*scalars, cell)) for cell in product.args)
     return Node("matrix", cells, product.value)
+
+
+def _power(node: Node) -> Node | None:
+    base, exponent = node.args
+    matrix = as_matrix(base) if base.kind == "matrix" else None
+    if matrix is None or exponent.kind != "num" or exponent.number not in (2, 3):
+        return None
+    product = _multiplied(matrix, matrix)
+    if product is None or exponent.number == 2:
+        return product
+    return _multiplied(product, matrix)
 
 
 def _multiplied(left: Node, right: Node) -> Node | None:

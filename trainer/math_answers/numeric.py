@@ -26,6 +26,7 @@ MAX_EXACT_BITS = 4000
 
 _SHRINKS = mpf(10) ** -20
 _NEAR = mpf(10) ** -25
+_ROUNDING = mpf(10) ** -70
 _WHOLE_NUMBER_KINDS = ("floor", "ceil", "factorial", "binom", "mod", "gcd", "lcm")
 
 
@@ -42,18 +43,32 @@ def equal_expressions(left: Node, right: Node) -> bool:
     if left_exact is not None and right_exact is not None:
         return left_exact == right_exact
     is_complex = any(part == Node("const", value="i") for part in (*walk(left), *walk(right)))
-    agreeing, points = 0, list(_points(left, right))
+    points = list(_points(left, right))
+    agreeing = 0 if is_complex else _agreeing_points(left, right, points, is_real=True)
+    if agreeing == 0:
+        agreeing = _agreeing_points(left, right, points, is_real=False)
+    if agreeing == 0:
+        raise UndefinedError("no value at any point")
+    return agreeing is not None and agreeing >= min(MIN_AGREEING_POINTS, len(points))
+
+
+def _agreeing_points(
+    left: Node, right: Node, points: list[dict[str, mpf]], *, is_real: bool
+) -> int | None:
+    """At how many points the values are the same, of those where both exist; None if they differ.
+
+    Args:
+        is_real: only where all parts of both are real.
+    """
+    agreeing = 0
     for point in points:
         try:
-            agrees = _agree_at(left, right, point, is_complex)
+            if not _agree_at(left, right, point, is_real):
+                return None
+            agreeing += 1
         except UndefinedError:
-            if len(points) == 1:
-                raise
             continue
-        if agrees is False:
-            return False
-        agreeing += agrees is True
-    return agreeing >= min(MIN_AGREEING_POINTS, len(points))
+    return agreeing
 
 
 def ratio_of(left: Node, right: Node) -> Number | None:
@@ -149,33 +164,24 @@ _EXACT: dict[str, Callable[[list[Fraction]], Fraction | None]] = {
 }
 
 
-def _agree_at(left: Node, right: Node, point: dict[str, mpf], is_complex: bool) -> bool | None:
-    """Whether both have the same value; None where they differ but not both are real."""
-    values = [_value(node, point, DIGITS) for node in (left, right)]
+def _agree_at(left: Node, right: Node, point: dict[str, mpf], is_real: bool) -> bool:
+    values = [_value(node, point, DIGITS, is_real) for node in (left, right)]
     if any(mp.isinf(value) for value in values):
         return bool(values[0] == values[1])
     difference = abs(values[0] - values[1])
     if difference > 0 or not point:
-        finer = [_value(node, point, MORE_DIGITS) for node in (left, right)]
+        finer = [_value(node, point, MORE_DIGITS, is_real) for node in (left, right)]
         with mp.workdps(MORE_DIGITS):
             finer_difference = abs(finer[0] - finer[1])
             scale = max(abs(finer[0]), abs(finer[1]))
             shrinks = finer_difference <= _SHRINKS * difference
-            if shrinks or finer_difference <= _NEAR * _NEAR * scale:
-                return True
-        if not is_complex and any(_is_unreal(value) for value in values):
-            return None
-        return False
+            return bool(shrinks or finer_difference <= _ROUNDING * scale)
     return True
 
 
-def _is_unreal(value: Number) -> bool:
-    return bool(abs(mp.im(value)) > _NEAR * abs(value))
-
-
-def _value(node: Node, point: dict[str, mpf], digits: int) -> Number:
+def _value(node: Node, point: dict[str, mpf], digits: int, is_real: bool = False) -> Number:
     with mp.workdps(digits):
-        value = evaluate(node, point)
+        value = evaluate(node, point, is_real=is_real)
     if mp.isnan(value):
         raise UndefinedError("not a number")
     return value

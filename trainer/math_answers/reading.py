@@ -18,13 +18,17 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 _CURRENCY = re.compile(r"\\?\$|\\(?:pounds|euro|textdollar)(?![A-Za-z])|[€£¥]")
-_THIN_SPACE = re.compile(r"\\!|(?<=\d)\\[,;:](?=\d{3}(?!\d))|(?<=\d)~(?=\d{3}(?!\d))")
+_THIN_SPACE = re.compile(
+    r",?\\!|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)\\[,;:](?=\d{3}(?!\d))|(?<=\d)~(?=\d{3}(?!\d))"
+)
 _STYLE = re.compile(rf"\\(?:{'|'.join(sorted(TEXT_COMMANDS))}|bf|rm|displaystyle)\*?(?![A-Za-z])")
 _FINAL_MARKS = re.compile(r"(?:\s|[,;:]|(?<!\.)\.|\\\\|\\[,;:! ])+$")
 _FRENCH_INTERVAL = re.compile(r"([\[\]])([^\[\]()]+[,;][^\[\]()]+)([\[\]])")
 _WHITE_SPACE = re.compile(r"(?:\s|\\[,;:! ]|~)+")
 _CHOICE = re.compile(r"(\()?\s*([A-Ja-j])\s*(?(1)\)|[.):]?)\s*(.*)", re.DOTALL)
-_WORDS = re.compile(r"[A-Za-z0-9\s.,;:'\"()&/-]*[A-Za-z]{3}[A-Za-z0-9\s.,;:'\"()&/-]*", re.ASCII)
+_WORDS = re.compile(
+    r"[Nn][Oo]|[A-Za-z0-9\s.,;:'\"()&/-]*[A-Za-z]{3}[A-Za-z0-9\s.,;:'\"()&/-]*", re.ASCII
+)
 _ARTICLE = re.compile(r"\b(?:the|a|an)\b")
 _DECIMAL_COMMA = re.compile(r"([+-]?)(\d{1,3}(?:\.\d{3})+|\d+),(\d+)", re.ASCII)
 _THOUSANDS_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
@@ -101,9 +105,9 @@ def _math_text(text: str) -> str:
     text = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
     while (box := _BOX.fullmatch(text.strip())) is not None and _is_balanced(box[1]):
         text = box[1]
-    text = text.replace("\\(", "").replace("\\)", "").replace("{,}", ",")
+    text = text.replace("\\(", "").replace("\\)", "")
     text = re.sub(r"\\\[|\\\](?!\d)", "", text) if "\\begin" not in text else text
-    text = _THIN_SPACE.sub("", _CURRENCY.sub("", text))
+    text = _THIN_SPACE.sub("", _CURRENCY.sub("", text)).replace("{,}", ",")
     text = text.strip().strip("*").strip() if text.strip().startswith("**") else text
     return _FINAL_MARKS.sub("", text).strip()
 

@@ -32,9 +32,10 @@ class Node:
     """One construct of an answer.
 
     Expressions: num (value: Fraction), sym (value: its name), const (pi, e, i, oo), add, mul, div,
-    neg, pow, root (radicand, degree), call (value: function), sum and prod (value: index; args:
-    first, last, body), pm and mp (plus or minus the argument), deg, percent, quantity (value:
-    unit), based (value: digits and base), ratio.
+    neg, inv, pow, root (radicand, degree), call (value: function), sum and prod (value: index;
+    args: first, last, body), int (value: variable; args: limits, body), diff (value: variable),
+    pm and mp (plus or minus the argument), deg, percent, quantity (value: unit), based (value:
+    digits and base), ratio.
     Collections: seq (value: its brackets, "" for a bare list), ellipsis, matrix (value: number of
     columns; args row by row), cases (rows of seq).
     Sets: set (value: R, Z, N, Q, C, empty), union, intersection, difference, builder (conditions).

@@ -54,6 +54,12 @@ def same_words(left: str, right: str) -> bool:
     return _bare(left) == _bare(right)
 
 
+def share_a_word(left: str, right: str) -> bool:
+    """Whether a word stands in both: "ways" and "different ways"."""
+    words = [{_bare(word) for word in unit.split()} for unit in (left, right)]
+    return bool(words[0] & words[1])
+
+
 def _bare(unit: str) -> str:
     return re.sub(r"[\s{}*.]", "", unit.lower()).removesuffix("s")
 

@@ -31,13 +31,19 @@ RENAMED_COMMANDS = {
     **{"land": "and", "wedge": "and", "lor": "or", "vee": "or", "sign": "sgn", "cupdot": "cup"},
     **{"ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
     **{"uplus": "cup", "bigcup": "cup", "bigcap": "cap", "iint": "int", "oint": "int"},
-    **{"dddot": "ddot", "widehat": "hat", "widetilde": "tilde", "overrightarrow": "vec"},
+    **{
+        "overline": "bar",
+        "dddot": "ddot",
+        "widehat": "hat",
+        "widetilde": "tilde",
+        "overrightarrow": "vec",
+    },
 }
 
 DROPPED_COMMANDS = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
     "textstyle scriptstyle limits nolimits boldsymbol mathbf mathit mathsf mathtt mathcal bf it "
-    "sf tt rm pmb bm mathstrut hline nonumber middle color".split()
+    "sf tt rm pmb bm mathstrut hline nonumber middle checkmark".split()
 )
 
 SPACE_COMMANDS = frozenset("quad qquad thinspace enspace space".split())

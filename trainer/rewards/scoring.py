@@ -13,9 +13,10 @@
 
 A part whose weight is 0 is not computed, except accuracy and format, which every run logs.
 
-Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 and eq. 8: rewards are added. Of a completion
-that ran into the length limit no part is above 0, as in Dr. GRPO (arXiv 2503.20783); or it has no
-reward at all and is left out of the loss, as in DAPO's overlong filtering (arXiv 2503.14476).
+Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 and eq. 8: rewards are added. What a part would
+add to the reward of a completion that ran into the length limit is 0, as in Dr. GRPO (arXiv
+2503.20783); or that completion has no reward at all and is left out of the loss, as in DAPO's
+overlong filtering (arXiv 2503.14476).
 
 Shapes: P prompts, G completions per prompt.
 """
@@ -72,6 +73,9 @@ class Graded:
     parts: Parts
 
 
+GradedGroup = list[Graded]
+
+
 def check_rewards(options: RewardOptions) -> list[UserReward]:
     """The user's functions, imported, once all that the options name is known to be there.
 
@@ -89,9 +93,6 @@ def check_rewards(options: RewardOptions) -> list[UserReward]:
         except ModuleNotFoundError as error:
             raise UsageError(f"--language-{error}") from error
     return load_user_rewards(options.reward, PARTS)
-
-
-GradedGroup = list[Graded]
 
 
 class Scorer:
@@ -246,20 +247,19 @@ class Scorer:
 
     def _reward(self, attempt: Attempt, graded: Graded, of_user: Parts) -> Reward:
         parts = graded.parts | of_user
-        total: float | None = None
-        if attempt.truncated and self.options.truncated == "zero":
+        is_masked = attempt.truncated and self.options.truncated == "mask"
+        if attempt.truncated and not is_masked:
             parts = {
-                name: None if value is None else min(value, 0.0) for name, value in parts.items()
-            }
-        if not attempt.truncated or self.options.truncated == "zero":
-            weighted = [
-                self.weights[name] * value
+                name: 0.0 if value is not None and self.weights[name] * value > 0 else value
                 for name, value in parts.items()
-                if value is not None and self.weights[name]
-            ]
-            total = sum(weighted) if weighted else None
+            }
+        weighted = [
+            self.weights[name] * value
+            for name, value in parts.items()
+            if value is not None and self.weights[name]
+        ]
         return Reward(
-            total=total,
+            total=None if is_masked or not weighted else sum(weighted),
             parts=parts,
             extracted=graded.outcome.extracted,
             correct=graded.outcome.correct,
