@@ -111,7 +111,7 @@ def weight_blocks(weight_WD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
 class Head:
     """An LM head that takes chunks of at most `max_tokens` tokens.
 
-    Its tensors must not require grad.
+    It writes into memory of its own, so it works where autograd is off.
     """
 
     def __init__(

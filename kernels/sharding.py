@@ -8,16 +8,18 @@ the gradient of a rank's columns needs nothing but the merged statistics. Shape 
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import Parameter
 
 from kernels.reference import IGNORED, NOT_OWNED
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,65 +54,28 @@ class VocabShard:
         return self.end - self.start
 
 
-class Waited(torch.autograd.Function):
-    """The result of a collective that DTensor left under way, as a tensor with memory to read."""
+def is_dtensor(tensor: Tensor | None) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor, whose module takes a second to import."""
+    if tensor is None or type(tensor) in (Tensor, Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
 
-    @staticmethod
-    def forward(ctx: Any, pending: AsyncCollectiveTensor) -> Tensor:
-        return pending.wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    return isinstance(tensor, DTensor)
 
 
 def local_logits(
     logits: Tensor, vocab: VocabShard | None, *, inplace: bool
 ) -> tuple[Tensor, VocabShard | None]:
-    """The tensor that this rank holds and its columns; plain tensors are returned as they are.
-
-    A DTensor may be sharded over its last dimension on one mesh dimension; the gradient flows back
-    to it with the same placement. `inplace` tells that its memory will be overwritten.
-
-    Raises:
-        ValueError: another placement, fewer columns than ranks, or a `vocab` as well.
-    """
-    if not isinstance(logits, DTensor):
+    """The logits that this rank holds and their columns; see `dtensor.local_part`."""
+    if not is_dtensor(logits):
         return logits, vocab
     if vocab is not None:
         raise ValueError(
             "vocab: expected None with DTensor logits, whose placement tells the shard"
         )
-    last = logits.dim() - 1
-    sharded = [axis for axis, place in enumerate(logits.placements) if place == Shard(last)]
-    num_others = sum(place == Replicate() for place in logits.placements)
-    if len(sharded) > 1 or len(sharded) + num_others != len(logits.placements):
-        raise ValueError(
-            f"logits: expected a DTensor placed Replicate(), or Shard(dim={last}) on one mesh "
-            f"dimension, got {logits.placements}"
-        )
-    if inplace and logits.requires_grad and torch.is_grad_enabled():
-        # The versions of a DTensor and of its local tensor are counted apart.
-        torch.autograd.graph.increment_version(logits)
-    local = logits.to_local()
-    if isinstance(local, AsyncCollectiveTensor):
-        local = Waited.apply(local)
-    if sharded:
-        vocab = dtensor_shard(logits, sharded[0])
-    return local, vocab
+    from kernels.dtensor import local_part
 
-
-def dtensor_shard(logits: DTensor, axis: int) -> VocabShard:
-    """The columns of this rank, cut as `torch.chunk` cuts them."""
-    mesh, width = logits.device_mesh, logits.shape[-1]
-    size = -(-width // mesh.size(axis))
-    if size * (mesh.size(axis) - 1) >= width:
-        raise ValueError(
-            f"logits: expected columns on each of the {mesh.size(axis)} ranks, "
-            f"got {width} in parts of {size}"
-        )
-    start = mesh.get_local_rank(axis) * size
-    return VocabShard(mesh.get_group(axis), start, min(start + size, width))
+    return local_part(logits, inplace)
 
 
 def check_plain_tensors(**tensors: Tensor | None) -> None:
@@ -119,11 +84,11 @@ def check_plain_tensors(**tensors: Tensor | None) -> None:
     A weight sharded by rows may be split for memory (FSDP) or for the vocabulary.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor placed {tensor.placements}: call "
-                "the op in the forward of the module that fully_shard wraps, or, for a shard of "
-                "the vocabulary, pass to_local() and vocab=VocabShard(...)"
+                f"{name}: expected a plain tensor, got a DTensor: call the op in the forward of "
+                "the module that fully_shard wraps, or, for a shard of the vocabulary, pass "
+                "to_local() and vocab=VocabShard(...)"
             )
 
 

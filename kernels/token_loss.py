@@ -221,9 +221,13 @@ def objective(logprobs_N: Tensor, entropy_N: Tensor, terms: TokenTerms, spec: Lo
     """sum_n weight_n * (sampler weight * policy term + kl_weight * KL - entropy_weight *
     entropy)."""
     log_ratio_N = token_log_ratio(logprobs_N, terms)
-    total_N = policy_weight(logprobs_N, terms, spec) * policy_term(
-        logprobs_N, log_ratio_N, terms, spec
-    )
+    policy_weight_N = policy_weight(logprobs_N, terms, spec)
+    if spec.surrogate != "gmpo":
+        # A dropped token's ratio may overflow, and 0 * inf is NaN; without an advantage it is 0.
+        # GMPO's ratio belongs to the whole sequence, dropped tokens included.
+        kept_N = torch.where(policy_weight_N == 0, 0.0, terms.advantages_N)
+        terms = replace(terms, advantages_N=kept_N)
+    total_N = policy_weight_N * policy_term(logprobs_N, log_ratio_N, terms, spec)
     if spec.kl_weight != 0:
         total_N = total_N + spec.kl_weight * kl_term(logprobs_N, log_ratio_N, terms, spec)
     if spec.entropy_weight != 0:
@@ -268,8 +272,9 @@ def policy_term(
         return -advantages_N * clamped_ratio(log_ratio_N, advantages_N, spec)
     if spec.surrogate == "sapo":
         tau_N = choose(advantages_N > 0, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
-        # Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0.
-        ratio_N = log_ratio_N.clamp(max=30.0).exp()
+        # Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0. The
+        # gradient of `clamp` would be 0 for NaN.
+        ratio_N = torch.where(log_ratio_N > 30.0, 30.0, log_ratio_N).exp()
         return -advantages_N * torch.sigmoid(tau_N * (ratio_N - 1)) * 4 / tau_N
     if spec.surrogate == "gmpo":
         above_N = (advantages_N > 0) & (log_ratio_N > spec.clip_high)

@@ -183,13 +183,8 @@ def test_random_inputs_of_a_check_are_the_same_every_time(code_grader: CodeGrade
 
 
 def test_order_of_sets_is_the_same_every_time(code_grader: CodeGrader) -> None:
-    program = "print(*{str(n) for n in range(50)}, hash('a'), sep='_')"
-    first = StdinTest(input="", output="x")
-    shown = {
-        graded(code_grader, f"{program}\nraise SystemExit({program[6:-10]})", first).detail
-        for _ in range(3)
-    }
-    assert len(shown) == 1
+    program = "raise SystemExit('_'.join({str(n) for n in range(50)}) + str(hash('a')))"
+    assert len({graded(code_grader, program, ADD_ONE).detail for _ in range(3)}) == 1
 
 
 def test_every_test_is_run_and_counted(code_grader: CodeGrader) -> None:

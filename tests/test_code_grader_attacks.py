@@ -326,7 +326,7 @@ def test_claims_on_any_descriptor_are_no_pass(code_grader: CodeGrader, claim: st
     program = f"""
         import os
         def write():
-            for fd in range(32):
+            for fd in map(int, os.listdir("/proc/self/fd")):
                 try: os.write(fd, b'{claim}\\n')
                 except OSError: pass
         def solve(x):
@@ -363,7 +363,7 @@ def test_closed_channels_are_a_crash(code_grader: CodeGrader) -> None:
     program = """
         import os, time
         def solve(x):
-            os.closerange(3, 32)
+            os.closerange(3, 1024)
             time.sleep(600)
         """
     call, check = function_and_check(42)
@@ -400,7 +400,7 @@ def found():
     seen += [repr(thing).encode() for thing in gc.get_objects() if type(thing) is dict]
     for path in glob.glob("/proc/*/cmdline") + glob.glob("/proc/*/environ"):
         seen.append(content(path))
-    for fd in range(32):
+    for fd in map(int, os.listdir("/proc/self/fd")):
         try: seen.append(os.pread(fd, 1 << 20, 0))
         except OSError: pass
     seen.append(memory())
@@ -537,7 +537,7 @@ def test_malformed_results_are_wrong_and_harmless(code_grader: CodeGrader, recor
         import os
         R = range(30_000)
         def solve(x):
-            for fd in range(3, 32):
+            for fd in map(int, os.listdir("/proc/self/fd")):
                 try: os.write(fd, ({record}).encode("latin-1") + b"\\n")
                 except OSError: pass
             os._exit(0)

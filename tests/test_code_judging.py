@@ -225,6 +225,7 @@ def test_test_records_become_the_class_their_fields_name() -> None:
         ({"entry_point": "f(x)", "arguments": [], "expected": 1}, "entry_point: expected a name"),
         ({"entry_point": "f", "arguments": [], "expected": {1}}, "expected: expected a JSON"),
         ({"entry_point": "f", "arguments": [], "expected": float("nan")}, "expected: .* finite"),
+        ({"entry_point": "f", "arguments": [], "expected": 10**5000}, "expected: .* digits"),
         ({"entry_point": "f", "code": "assert"}, "code: expected Python"),
         ({"entry_point": "f", "code": "def check(c): c(1)"}, "code: expected an assertion"),
     ],

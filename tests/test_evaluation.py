@@ -8,9 +8,10 @@ import pytest
 from trainer.config import UsageError
 from trainer.evaluation import pass_at_1_by_level, suite_estimates
 from trainer.evaluation_report import SuiteResult, averages, comparison, table
+from trainer.monitors import CATEGORIES
 from trainer.rewards import Reward
 from trainer.rollout import Completion
-from trainer.samples import ScoredCompletion
+from trainer.samples import ScoredCompletion, sample_metrics
 from trainer.tasks import Problem
 
 
@@ -120,6 +121,17 @@ def test_accuracy_is_split_by_level() -> None:
         (1, 0.5),
         (5, 0.25),
     ]
+
+
+def test_training_logs_the_same_shares() -> None:
+    metrics = sample_metrics(SCORED)
+    for name in CATEGORIES:
+        assert metrics[f"category/{name}"] == value(f"category/{name}")
+    assert metrics["reflection_rate"] == value("reflection/r1")
+    assert metrics["reflection/words"] == value("reflection/r1_words")
+    assert metrics["reflection/dr_grpo_rate"] == value("reflection/dr_grpo")
+    assert metrics["language_share"] == value("language")
+    assert (metrics["groups/all_correct"], metrics["groups/all_wrong"]) == (0.0, 0.0)
 
 
 def result(scored_PK: Sequence[Sequence[ScoredCompletion]] = SCORED) -> SuiteResult:

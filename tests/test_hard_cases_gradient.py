@@ -75,6 +75,10 @@ def test_16_expanded_and_zero_upstream_gradients(backend: str, device: str) -> N
         gradients.append(torch.autograd.grad(out.logprobs, leaf, weights)[0])
     assert torch.equal(gradients[0], gradients[1])
     assert bool((gradients[2] == 0).all())
+    batch = grpo_batch(8, 101, torch.float32, device=device)
+    leaf = batch.logits_NV.clone().requires_grad_()
+    (0 * grpo_loss(leaf, batch, backend)).backward()
+    assert bool((leaf.grad == 0).all())
 
 
 def test_16_float16_gradients_overflow_as_in_pytorch(backend: str, device: str) -> None:

@@ -157,7 +157,54 @@ def test_12_overflowing_ratios_of_clipped_tokens(backend: str, device: str) -> N
         assert bool((torch.autograd.grad(out.loss, leaf)[0] == 0).all())
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo", "gmpo", "vespo", "reinforce"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampler_correction": "token_truncate"},
+        {"sampler_correction": "token_mask"},
+        {"sampler_correction": "sequence_mask"},
+        {"off_policy_threshold": 0.1},
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values()),
+)
+def test_12_overflowing_ratios_of_dropped_tokens(
+    backend: str, device: str, fields: dict[str, Any]
+) -> None:
+    """What the sampler correction or the off-policy mask drops is 0, not 0 * inf."""
+    leaf = target_logits([-2.0, -2.0], device)
+    old = torch.tensor([-2000.0, -2.0], device=device)
+    sampler = torch.tensor([-0.5, -2.0], device=device)
+    out = one_loss(
+        leaf, old, [-1.0, -1.0], LossSpec(**fields), sampler_logprobs=sampler, backend=backend
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.5, rel=1e-6)
+    assert bool((leaf.grad[0] == 0).all()) and bool((leaf.grad[1] != 0).all())
+
+
+SURROGATES = ["clip", "cispo", "sapo", "gmpo", "vespo", "reinforce"]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_12_nan_in_an_active_row_shows(
+    backend: str, device: str, surrogate: str, on_policy: bool, request: pytest.FixtureRequest
+) -> None:
+    """In the loss, in the gradient of its row, and in the metrics; other rows have a gradient."""
+    if backend == "cpp" and on_policy and surrogate not in ("gmpo", "vespo"):
+        reason = "policy_loss.h takes a ratio of 1 without looking at the log-prob"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    leaf = target_logits([-1.0, -2.0], device)
+    with torch.no_grad():
+        leaf[1, 5] = math.nan
+    old = None if on_policy else torch.tensor([-1.1, -1.9], device=device)
+    out = one_loss(leaf, old, [1.0, -1.0], LossSpec(surrogate=surrogate), backend=backend)
+    out.loss.backward()
+    assert bool(out.loss.isnan()) and bool(out.metrics["ratio/mean"].isnan())
+    assert bool(leaf.grad[1].isnan().all()) and bool(leaf.grad[0].isfinite().all())
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("zero", [0.0, -0.0], ids=["0", "-0"])
 def test_12_no_advantage_is_no_gradient(
     backend: str, device: str, surrogate: str, zero: float

@@ -79,9 +79,10 @@ def test_ignored_rows_give_zero_whatever_they_hold(backend: str, device: str, fi
     assert bool((leaf.grad[2] == 0).all()) and bool(leaf.grad.isfinite().all())
 
 
-def test_nan_in_an_active_row_is_not_hidden(backend: str, device: str) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_logits_of_an_active_row_show(backend: str, device: str, value: float) -> None:
     logits, ids = random_rows(2, 999, torch.float32, device)
-    logits[1, 500] = math.nan
+    logits[1, 500] = value
     got = kernels.token_logprobs(logits, ids, with_entropy=True, backend=backend)
     assert got.logprobs[0].isfinite() and got.logprobs[1].isnan() and got.entropy[1].isnan()
 

@@ -148,20 +148,20 @@ def _score_interval(sums_P: np.ndarray, counts_P: np.ndarray, most: float) -> Es
     total = counts_P.sum()
     if not total:
         return None
-    mean = float(sums_P.sum() / total)
-    spread = mean * (1 - mean)
-    variance = float(((sums_P - mean * counts_P) ** 2).sum() / total**2)
+    value = float(sums_P.sum() / total)
+    spread = value * (1 - value)
+    variance = float(((sums_P - value * counts_P) ** 2).sum() / total**2)
     if spread <= 0:
         effective = float((counts_P > 0).sum())
     else:
         effective = most if variance == 0 else min(most, spread / variance)
     scale = 1 + _Z**2 / effective
-    centre = (mean + _Z**2 / (2 * effective)) / scale
+    centre = (value + _Z**2 / (2 * effective)) / scale
     half = _Z / scale * math.sqrt(spread / effective + _Z**2 / (4 * effective**2))
     # At 0 and 1 the bound is the value itself, which rounding would miss.
-    low = 0.0 if mean == 0 else centre - half
-    high = 1.0 if mean == 1 else centre + half
-    return Estimate(value=mean, low=low, high=high)
+    low = 0.0 if value == 0 else centre - half
+    high = 1.0 if value == 1 else centre + half
+    return Estimate(value=value, low=low, high=high)
 
 
 def _sign_test(better: int, worse: int) -> float:

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,25 +78,26 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     runs_code = any(one.tests for of_suite in problems.values() for one in of_suite)
     with Scorer(options.reward, template, max_new_tokens=positions, runs_code=runs_code) as scorer:
         prompter = Prompter(tokenizer, template, scorer, max_prompt_tokens=positions - 1)
+        longest = {name: _longest_prompt(prompter, each) for name, each in problems.items()}
         sampling = {
-            suite_name(each): _sampling(
-                options, each, _longest_prompt(prompter, problems[suite_name(each)]), positions
-            )
+            suite_name(each): _sampling(options, each, longest[suite_name(each)], positions)
             for each in options.suites
         }
-        sampler = open_sampler(options, source, world, prompter, positions)
-        for name, of_suite in problems.items():
-            started = time.perf_counter()
-            scored_PK = sample_and_score(
-                sampler,
-                prompter,
-                of_suite,
-                sampling[name],
-                world,
-                stream=(options.seed, f"evaluation {name}", 0),
-                on_problem=_Progress(name, len(world.shard(of_suite)), world),
-            )
-            if world.is_main:
+        max_tokens = max(longest[name] + each.max_new_tokens for name, each in sampling.items())
+        with open_sampler(options, source, world, prompter, max_tokens=max_tokens) as sampler:
+            for name, of_suite in problems.items():
+                started = time.perf_counter()
+                scored_PK = sample_and_score(
+                    sampler,
+                    prompter,
+                    of_suite,
+                    sampling[name],
+                    world,
+                    stream=(options.seed, f"evaluation {name}", 0),
+                    on_problem=_Progress(name, len(world.shard(of_suite)), world),
+                )
+                if not world.is_main:
+                    continue
                 _write_samples(options.folder / f"samples-{name}.jsonl", prompter, scored_PK)
                 results[name] = SuiteResult.of(
                     scored_PK,
@@ -106,27 +108,34 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     return results
 
 
+@contextmanager
 def open_sampler(
-    options: EvaluateOptions, source: str, world: World, prompter: Prompter, positions: int
-) -> Sampler:
-    """The engine that samples.
+    options: EvaluateOptions, source: str, world: World, prompter: Prompter, *, max_tokens: int
+) -> Iterator[Sampler]:
+    """The engine that samples, for as long as the context lasts.
+
+    Args:
+        max_tokens: of a prompt and its completion together.
 
     Raises:
         UsageError: it is not installed, or cannot run the model.
     """
     dtype = getattr(torch, options.dtype)
     if options.engine == "vllm":
-        return VllmSampler(
+        engine = VllmSampler(
             source,
             prompter.tokenizer,
             prompter.template,
             dtype=options.dtype,
-            max_tokens=positions,
+            max_tokens=max_tokens,
             device=world.device,
         )
+        with closing(engine):
+            yield engine
+        return
     model = load_model(source)
     model.to(world.device)  # type: ignore[arg-type]
-    return TransformersSampler(
+    yield TransformersSampler(
         model,
         prompter.tokenizer,
         prompter.template,

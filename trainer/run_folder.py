@@ -15,7 +15,7 @@ from trainer.run_log import METRICS_FILE, read_metrics
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 # They may change from one start of a run to the next; all others make another run.
-FREE_FIELDS = {"run_dir", "cache_dir", "resume", "save_every", "keep_checkpoints"}
+FREE_FIELDS = {"run_dir", "cache_dir", "resume", "save_every", "keep_checkpoints", "grader_workers"}
 
 
 def claim_run_folder(config: TrainConfig) -> IO[str]:

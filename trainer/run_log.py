@@ -256,6 +256,7 @@ class RunLog:
 
     def _show_sample(self, step: int, kind: str, sample: Sample) -> None:
         right = "right" if sample.correct else "wrong"
+        gold = f", gold {sample.answer[:60]}" if sample.answer else ""
         given = "no answer" if sample.extracted is None else f"answer {sample.extracted[:60]}"
         earned = "no reward" if sample.reward is None else f"reward {sample.reward:.2f}"
         cut_off = ", cut off" if sample.finish_reason == "length" else ""
@@ -266,8 +267,7 @@ class RunLog:
                 question=sample.question,
                 completion=sample.completion,
                 correct=sample.correct,
-                verdict=f"{right}: {given}, gold {sample.answer[:60]}, "
-                f"{earned}, {sample.length} tokens{cut_off}",
+                verdict=f"{right}: {given}{gold}, {earned}, {sample.length} tokens{cut_off}",
             )
         )
 

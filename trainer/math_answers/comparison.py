@@ -18,7 +18,8 @@ EXACT_DECIMALS = 15
 MAX_ALGEBRA_CHARS = 150
 
 _COSTLY_ALGEBRA = re.compile(
-    r"!|\d{5}|\*\*|\^\s*\{[^{}]*\^|\^\s*[^{}\s]\s*\^|\^\s*\{?\s*\d{3}|\\(?:binom|prod)|\\int.*\\int.*\\int"
+    r"!|\d{5}|\*\*|\^\s*\{[^{}]*\^|\^\s*[^{}\s]\s*\^|\^\s*\{?\s*\d{3}"
+    r"|\\(?:binom|prod)|\\int.*\\int.*\\int"
 )
 """What computer algebra is not asked about: factorials, towers and large numbers."""
 

@@ -232,6 +232,8 @@ class ConstructParser(TokenStream, ABC):
                     raise UnreadableError("an unclosed environment")
         self.take()
         rows = [row for row in rows if row]
+        if name == "cases" and all(len(row) == 1 and row[0].kind == "rel" for row in rows):
+            return Node("seq", tuple(row[0] for row in rows))
         if name == "cases":
             return Node("cases", tuple(Node("seq", tuple(row)) for row in rows))
         if not rows or len({len(row) for row in rows}) != 1:

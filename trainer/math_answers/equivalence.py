@@ -14,6 +14,7 @@ from trainer.math_answers.relations import (
     equal_relations,
     is_relation,
     solution_interval,
+    with_sign,
 )
 from trainer.math_answers.sets import equal_sets, real_set
 from trainer.math_answers.tree import Node, UndefinedError, integer, symbols, walk
@@ -27,9 +28,8 @@ _ANGLE_FUNCTIONS = frozenset("sin cos tan cot sec csc".split())
 def equal_answers(gold: Answer, answer: Answer) -> bool:
     """Whether an answer is right, by its text, its words, its letter or its mathematics.
 
-    Not symmetric in three points: only the answer may be read with a decimal comma, may give a
-    choice letter with the choice's content (`(B) 5`), and may state an equation of which only the
-    last side is asked for (`a+b = 5`).
+    Not symmetric: only the answer may be read with a decimal comma (`3,5`) or with a letter for a
+    unit (`5 m`), and may state an equation for a formula (`a+b = 5`).
 
     Raises:
         TooCostlyError: a value is too large to compute.
@@ -62,9 +62,9 @@ def _equal(gold: Node, answer: Node) -> bool:
     if gold.kind in _STRUCTURES or answer.kind in _STRUCTURES:
         return _equal_structures(gold, answer)
     matrices = as_matrix(gold), as_matrix(answer)
-    if matrices[0] is not None or matrices[1] is not None:
-        return None not in matrices and _equal_structures(*(m for m in matrices if m is not None))
-    return _equal_values(gold, answer)
+    if matrices[0] is not None and matrices[1] is not None:
+        return _equal_structures(matrices[0], matrices[1])
+    return matrices == (None, None) and _equal_values(gold, answer)
 
 
 _STRUCTURES = ("cases", "based", "ellipsis", "builder")
@@ -198,14 +198,7 @@ def _without_plus_minus(node: Node) -> Node:
 def _both_signs(node: Node) -> Node:
     if not any(part.kind == "pm" for part in walk(node)):
         return node
-    return Node("seq", (_with_sign(node, "pm"), _with_sign(node, "mp")))
-
-
-def _with_sign(node: Node, plus: str) -> Node:
-    args = tuple(_with_sign(arg, plus) for arg in node.args)
-    if node.kind in ("pm", "mp"):
-        return args[0] if node.kind == plus else Node("neg", args)
-    return replace(node, args=args)
+    return Node("seq", (with_sign(node, "pm"), with_sign(node, "mp")))
 
 
 def _is_collection(node: Node) -> bool:

@@ -21,7 +21,7 @@ MAX_BITS = 2e8
 MAX_ANGLE = 1e12
 MAX_FACTORIAL = 1e7
 MAX_TERMS = 400
-MAX_STEPS = 100_000
+MAX_STEPS = 60_000
 """Nodes evaluated in the comparison of one answer with one gold."""
 MAX_MATRIX_SIDE = 6
 

@@ -251,6 +251,8 @@ class ExpressionParser(ConstructParser):
         inner = self.expression()
         self.bar_stops -= 1
         self.expect("|")
+        if inner.kind == "matrix":
+            return Node("call", (inner,), "det")
         if inner.kind == "seq":
             squares = tuple(Node("pow", (part, integer(2))) for part in inner.args)
             return Node("root", (Node("add", squares), integer(2)))
@@ -272,7 +274,9 @@ class ExpressionParser(ConstructParser):
 
 def _signed(node: Node, signs: list[str]) -> Node:
     for sign in reversed(signs):
-        if sign != "+":
+        if sign == "-" and node.kind in ("percent", "deg"):
+            node = Node(node.kind, (Node("neg", node.args),))
+        elif sign != "+":
             node = Node("neg" if sign == "-" else sign, (node,))
     return node
 

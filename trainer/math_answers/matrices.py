@@ -92,12 +92,24 @@ def _product(node: Node) -> Node | None:
 def _power(node: Node) -> Node | None:
     base, exponent = node.args
     matrix = as_matrix(base) if base.kind == "matrix" else None
+    if matrix is not None and exponent == Node("neg", (integer(1),)):
+        return _inverse(matrix)
     if matrix is None or exponent.kind != "num" or exponent.number not in (2, 3):
         return None
     product = _multiplied(matrix, matrix)
     if product is None or exponent.number == 2:
         return product
     return _multiplied(product, matrix)
+
+
+def _inverse(matrix: Node) -> Node | None:
+    """Of two rows and two columns."""
+    if matrix.columns != 2 or len(matrix.args) != 4:
+        return None
+    first, second, third, fourth = matrix.args
+    cells = (fourth, Node("neg", (second,)), Node("neg", (third,)), first)
+    determinant = Node("call", (matrix,), "det")
+    return Node("matrix", tuple(Node("div", (cell, determinant)) for cell in cells), 2)
 
 
 def _multiplied(left: Node, right: Node) -> Node | None:

@@ -7,7 +7,7 @@ evaluated, and its recursion is bounded.
 from __future__ import annotations
 
 from trainer.math_answers.expressions import ExpressionParser
-from trainer.math_answers.tokens import tokenise
+from trainer.math_answers.tokens import Token, tokenise
 from trainer.math_answers.tree import Node, TooCostlyError, UnreadableError
 from trainer.math_answers.vocabulary import is_unit_stop
 
@@ -105,8 +105,8 @@ class _AnswerParser(ExpressionParser):
         if self.peek().kind == "text":
             while not self._ends_unit():
                 token = self.take()
-                if token.kind == "text" and is_unit_stop(token.text):
-                    raise UnreadableError(f"the words {token.text!r}")
+                if not _may_be_in_unit(token, pieces):
+                    raise UnreadableError(f"{token.text!r} in a unit")
                 pieces.append(token.text)
         return Node("quantity", (node,), " ".join(pieces)) if pieces else node
 
@@ -126,6 +126,16 @@ class _AnswerParser(ExpressionParser):
             if token.kind == "text":
                 break
         return depth > 0
+
+
+def _may_be_in_unit(token: Token, before: list[str]) -> bool:
+    if token.kind == "text":
+        is_power = bool(before) and token.text in ("squared", "cubed")
+        return is_power or not is_unit_stop(token.text)
+    last = before[-1]
+    if token.kind == "number" or token.text == "-":
+        return last in ("^", "{", "-")
+    return token.kind == "op" or last in ("/", "*")
 
 
 def is_set(node: Node) -> bool:

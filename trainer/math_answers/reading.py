@@ -17,6 +17,11 @@ _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*",
     re.IGNORECASE,
 )
+_WORDED = re.compile(r"\\text\s*\{([^{}]*[Aa]nswer[^{}]*)\}")
+_ALIGNMENT = re.compile(
+    r"\\begin\s*\{((?:align(?:ed)?|gather(?:ed)?|equation|split)\*?)\}(.*?)\\end\s*\{\1\}",
+    re.DOTALL,
+)
 _CURRENCY = re.compile(r"\\?\$|\\(?:pounds|euro|textdollar)(?![A-Za-z])|[€£¥]")
 _THIN_SPACE = re.compile(
     r",?\\!|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)\\[,;:](?=\d{3}(?!\d))|(?<=\d)~(?=\d{3}(?!\d))"
@@ -102,14 +107,23 @@ def why_unusable(text: str) -> str | None:
 def _math_text(text: str) -> str:
     text = text.strip().translate(UNICODE_COMMANDS)
     text = text if text.isascii() else ascii_forms(text)
+    worded = _WORDED.match(text)
+    text = f"{worded[1]} {text[worded.end() :]}" if worded is not None else text
     text = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
     while (box := _BOX.fullmatch(text.strip())) is not None and _is_balanced(box[1]):
         text = box[1]
+    text = text.replace("\\left<", "\\langle ").replace("\\right>", "\\rangle ")
+    text = _ALIGNMENT.sub(lambda match: _lines(match[2]), text.replace("\\\\%", "\\%"))
     text = text.replace("\\(", "").replace("\\)", "")
     text = re.sub(r"\\\[|\\\](?!\d)", "", text) if "\\begin" not in text else text
     text = _THIN_SPACE.sub("", _CURRENCY.sub("", text)).replace("{,}", ",")
     text = text.strip().strip("*").strip() if text.strip().startswith("**") else text
     return _FINAL_MARKS.sub("", text).strip()
+
+
+def _lines(aligned: str) -> str:
+    lines = [line.replace("&", " ").strip() for line in aligned.split("\\\\")]
+    return ", ".join(line for line in lines if line)
 
 
 def _readings(text: str) -> tuple[Node, ...]:
@@ -189,4 +203,4 @@ def _is_balanced(text: str) -> bool:
 
 
 def _says_something(text: str) -> bool:
-    return len(re.findall(r"[^\W_]", text)) > 0
+    return re.search(r"[^\W_]", re.sub(r"\\[A-Za-z]+", "", text)) is not None

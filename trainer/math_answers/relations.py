@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -99,19 +100,31 @@ def _single_relations(node: Node) -> list[Node]:
     """The relations of a list, `x = 1, 2` and `x = \\pm 1` written out as two."""
     parts = [node] if node.kind == "rel" else list(node.args)
     singles: list[Node] = []
-    for part in parts:
+    for part in itertools.chain.from_iterable(map(_of_coordinates, parts)):
         if part.kind != "rel":
             previous = singles[-1]
             part = replace(previous, args=(*previous.args[:-1], part))
         if _is_equation(part) and any(inner.kind == "pm" for inner in walk(part)):
-            singles.extend((_with_sign(part, "pm"), _with_sign(part, "mp")))
+            singles.extend((with_sign(part, "pm"), with_sign(part, "mp")))
         else:
             singles.append(part)
     return singles
 
 
-def _with_sign(node: Node, plus: str) -> Node:
-    args = tuple(_with_sign(arg, plus) for arg in node.args)
+def _of_coordinates(node: Node) -> list[Node]:
+    """`(x, y) = (2, 3)` as two equations."""
+    if node.kind == "rel" and node.operators == ("=",):
+        names, values = node.args
+        if names.kind == values.kind == "seq" and names.value == values.value == "()":
+            if is_name(names) and len(names.args) == len(values.args):
+                pairs = zip(names.args, values.args, strict=True)
+                return [Node("rel", pair, ("=",)) for pair in pairs]
+    return [node]
+
+
+def with_sign(node: Node, plus: str) -> Node:
+    """The tree with plus-or-minus signs read as plus where their kind is `plus`, else as minus."""
+    args = tuple(with_sign(arg, plus) for arg in node.args)
     if node.kind in ("pm", "mp"):
         return args[0] if node.kind == plus else Node("neg", args)
     return replace(node, args=args)

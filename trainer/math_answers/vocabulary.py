@@ -29,7 +29,7 @@ RENAMED_COMMANDS = {
     **{"cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "vdots": "ldots", "degree": "deg"},
     **{"imath": "i", "jmath": "j", "varepsilon": "epsilon", "varphi": "phi", "vartheta": "theta"},
     **{"land": "and", "wedge": "and", "lor": "or", "vee": "or", "sign": "sgn", "cupdot": "cup"},
-    **{"ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
+    **{"mod": "bmod", "ceiling": "ceil", "backslash": "setminus", "smallsetminus": "setminus"},
     **{"uplus": "cup", "bigcup": "cup", "bigcap": "cap", "iint": "int", "oint": "int"},
     **{
         "overline": "bar",
@@ -73,6 +73,7 @@ WORD_COMMANDS = {
     **{"mod": "bmod", "percent": "%", "choose": "choose", "binomial": "binom", "binom": "binom"},
     **{"cdot": "cdot", "times": "times", "over": "over", "Re": "Re", "Im": "Im", "det": "det"},
     **{"arsinh": "arcsinh", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh"},
+    **{"arcosh": "arccosh", "artanh": "arctanh"},
     **{"deg": "deg", "factorial": "factorial", "ceiling": "ceil"},
 }
 
@@ -120,7 +121,14 @@ PHRASES = {
 ABBREVIATIONS = {"dne": "does not exist"}
 
 MULTIPLIERS = {
-    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
+    **{
+        "dozen": 12,
+        "hundred": 100,
+        "thousand": 1000,
+        "million": 10**6,
+        "billion": 10**9,
+        "trillion": 10**12,
+    },
 }
 
 _UNIT_TABLE = """
@@ -182,13 +190,14 @@ _VOWEL = re.compile("[aeiouyAEIOUY]")
 _NO_UNIT = frozenset(
     "is not isn no none if when where but then than for with the are was all any each every only "
     "unless except answer wrong true false between from does solution solutions undefined lambda "
-    "exec eval import print return".split()
+    "exec eval import print return minus plus squared cubed halves thirds fourths quarters fifths "
+    "sixths sevenths eighths ninths tenths below above under remainder".split()
 )
 
 
 def is_unit_word(word: str, *, after_number: bool) -> bool:
     """Whether a run of plain letters is a word (a unit after a number), not a product."""
-    if word in UNITS:
+    if word in UNITS or word in ("per", "sq", "cu"):
         return after_number
     return len(word) >= 4 and _VOWEL.search(word) is not None
 

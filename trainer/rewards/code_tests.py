@@ -5,6 +5,7 @@ A test that no answer could be judged by is refused here, when data loads, and n
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class FunctionTest:
         _check_source("setup", self.setup)
         for name, value in (("arguments", self.arguments), ("expected", self.expected)):
             try:
-                plain_value(value)
+                json.dumps(plain_value(value))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from None
         _check_positive(tolerance=self.tolerance, cpu_seconds=self.cpu_seconds)

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.config import RewardOptions, UsageError
 from trainer.rewards.code_extraction import extract_code
-from trainer.rewards.code_grader import CodeGrader, CodeStatus
+from trainer.rewards.code_grader import CodeGrader
 from trainer.rewards.code_runner import TestStatus
 from trainer.rewards.code_sandbox import SandboxUnavailable
 from trainer.rewards.extraction import extract_answer
@@ -29,7 +29,7 @@ NOT_GRADED = ("no_answer", "truncated")
 """Statuses of a completion that has no answer in its place, and of one that was cut off."""
 STATUSES = {
     "accuracy": (*GRADE_STATUSES, *NOT_GRADED),
-    "code": (*get_args(TestStatus), *get_args(get_args(CodeStatus)[1]), *NOT_GRADED),
+    "code": (*get_args(TestStatus), "too_long", *NOT_GRADED),
 }
 """How a grade came about, by the part of the reward that it decides."""
 

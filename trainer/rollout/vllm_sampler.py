@@ -25,7 +25,8 @@ CPU_CACHE_GIB = 2
 class VllmSampler:
     """Samples from a model that vLLM loads; see `trainer.rollout.Sampler`.
 
-    The process group must be there already: each rank has an engine of its own.
+    A process group must be there; each rank has an engine of its own. `close` ends both, since vLLM
+    builds on the group.
 
     Args:
         source: folder or hub name of the model.
@@ -74,6 +75,10 @@ class VllmSampler:
         self.make_params: Callable[..., object] = vllm.SamplingParams
         self.stop_strings = list(template.stop)
         self.end_ids = sorted(end_token_ids(_generation_config(source), tokenizer, template))
+
+    def close(self) -> None:
+        """Ends the engine and the process group."""
+        self.engine.llm_engine.engine_core.shutdown()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes new weights, each a full tensor under its Hugging Face name."""
