@@ -1,12 +1,13 @@
-"""What the gradient of each op on logits is.
+"""What the gradient of each op is.
 
-`TokenLogprobsFunction` keeps the logits and computes their gradient in backward.
-`PolicyLossFunction` computes the gradient in forward, while the logits are at hand, and only scales
-it in backward: its buffer is handed out once, so a second backward raises. Both raise on double
-backward. Writing into the logits' memory bumps their version, so autograd refuses to run any other
-backward that still needs their old values.
+`TokenLogprobsFunction` keeps the logits and computes their gradient in backward; its linear form
+keeps the hidden states. `PolicyLossFunction` and its linear form compute the gradient in forward,
+while logits are at hand, and only scale it in backward: its buffer is handed out once, so a second
+backward raises. All raise on double backward. Writing into the logits' memory bumps their version,
+so autograd refuses to run any other backward that still needs their old values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,92 @@ class PolicyLossFunction(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         library.scale_(gradient, grads[0], ctx.backend)
         return gradient, None, None, None, *[None] * ctx.num_rest
+
+
+class LinearTokenLogprobsFunction(torch.autograd.Function):
+    """`token_logprobs` of hidden @ weight.T + bias; backward computes the logits once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: Tensor,
+        product_dtype: torch.dtype,
+        chunk_tokens: int | None,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy, row_max, log_sum = library.linear_token_logprobs(
+            hidden, weight, bias, token_ids, product_dtype, chunk_tokens, temperature, *rest
+        )
+        lse = row_max + log_sum
+        values = logprobs, entropy, row_max, log_sum
+        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, *values)
+        ctx.settings, ctx.rest = (product_dtype, chunk_tokens), rest
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        return logprobs, entropy, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_token_logprobs")
+        hidden, weight, bias, token_ids, temperature, *values = ctx.saved_tensors
+        zero = torch.zeros_like(values[0])
+        wanted = [bool(needed) for needed in ctx.needs_input_grad[:3]]
+        gradients = library.linear_token_logprobs_gradients(
+            hidden.detach(),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            token_ids,
+            *ctx.settings,
+            temperature,
+            *ctx.rest,
+            values,
+            *(zero if grad is None else grad for grad in grads[:2]),
+            wanted,
+        )
+        return *only_wanted(gradients, wanted), *[None] * (4 + len(ctx.rest))
+
+
+class LinearPolicyLossFunction(torch.autograd.Function):
+    """`policy_loss` of hidden @ weight.T + bias, its gradients computed in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        backend: str,
+        wanted: list[bool],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *outputs, of_hidden, of_weight, of_bias = library.linear_policy_loss(
+            hidden, weight, bias, *rest, backend, wanted
+        )
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.backend, ctx.wanted, ctx.num_rest = backend, wanted, len(rest)
+        ctx.handed_out = False
+        loss, logprobs, entropy, metrics = outputs
+        ctx.mark_non_differentiable(logprobs, entropy, metrics)
+        return loss, logprobs, entropy, metrics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_policy_loss")
+        refuse_second_backward(ctx, "linear_policy_loss")
+        gradients = only_wanted(ctx.saved_tensors, ctx.wanted)
+        for gradient in gradients:
+            if gradient is not None:
+                library.scale_(gradient, grads[0], ctx.backend)
+        return *gradients, None, None, *[None] * ctx.num_rest
+
+
+def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """None in place of the gradients that were not computed."""
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
 def refuse_second_backward(ctx: Any, name: str) -> None:

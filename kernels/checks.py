@@ -95,12 +95,6 @@ def checked_layout(logits: Tensor, inplace: bool = False) -> Tensor:
     return logits_OIW.contiguous()
 
 
-def differentiable(tensor: Tensor) -> Tensor:
-    """The tensor, detached under no_grad: an autograd Function could not tell otherwise, and would
-    compute (or write in place) a gradient that nobody can ask for."""
-    return tensor if torch.is_grad_enabled() else tensor.detach()
-
-
 def checked_head(
     hidden: Tensor,
     weight: Tensor,
@@ -111,13 +105,12 @@ def checked_head(
     vocab: VocabShard | None,
     backend: str,
     chunk_tokens: int | None,
+    product_dtype: torch.dtype,
 ) -> HeadSettings:
     """How the linear ops multiply and what follows."""
-    check_plain_tensors(hidden=hidden, weight=weight, bias=bias)
     width, depth = (len(weight), hidden.shape[-1])
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"weight: expected shape [W, {depth}], got {list(weight.shape)}")
-    product_dtype = checked_product_dtype(hidden, weight, bias)
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias: expected shape [{width}], got {list(bias.shape)}")
     if vocab is not None and width < vocab.width:
@@ -139,7 +132,12 @@ def checked_head(
 
 
 def checked_product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype that hidden, weight and bias share, or autocast's if it is on and they differ."""
+    """The dtype that hidden, weight and bias share, or autocast's if it is on and they differ.
+
+    Asked before a custom op runs, where autocast is still what the caller set.
+    """
+    check_devices(hidden.device, weight=weight, bias=bias)
+    check_plain_tensors(hidden=hidden, weight=weight, bias=bias)
     device, dtypes = hidden.device, {hidden.dtype}
     castable = torch.is_autocast_enabled(device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -147,11 +145,8 @@ def checked_product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             continue
         differs = tensor.dtype != hidden.dtype
         refused = differs and (not castable or torch.float64 in (tensor.dtype, hidden.dtype))
-        if tensor.device != device or refused:
-            raise ValueError(
-                f"{name}: expected {hidden.dtype} on {device} like hidden, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+        if refused:
+            raise ValueError(f"{name}: expected {hidden.dtype} like hidden, got {tensor.dtype}")
         dtypes.add(tensor.dtype)
     return hidden.dtype if len(dtypes) == 1 else torch.get_autocast_dtype(device.type)
 

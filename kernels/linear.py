@@ -1,4 +1,4 @@
-"""The differentiable ops on hidden states: logits exist for one chunk of tokens at a time.
+"""The ops on hidden states and their gradients: logits exist for one chunk of tokens at a time.
 
 The policy loss takes three matrix products in all, because its gradient is computed in forward
 while a chunk's logits are at hand. Ignored tokens leave before the first product, tokens whose
@@ -7,16 +7,13 @@ gradient is exactly zero before the other two. Shape legend: `linear_head.py`; A
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels import token_loss
-from kernels.autograd import refuse_double_backward
-from kernels.backends import load_backend
-from kernels.linear_head import Gradients, Head, HeadSettings, without_autocast
+from kernels.linear_head import Gradients, Head, HeadSettings
 from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch, TokenTerms
@@ -152,113 +149,61 @@ def policy_loss_and_gradients(
     return results, (loss.to(dtype), logprobs_N, entropy_N, metrics)
 
 
-class LinearPolicyLossFunction(torch.autograd.Function):
-    """`policy_loss` of hidden @ weight.T + bias, gradients computed in forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_WD: Tensor,
-        bias_W: Tensor | None,
-        settings: HeadSettings,
-        batch: TokenBatch,
-        spec: LossSpec,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inputs = hidden_ND, weight_WD, bias_W
-        with without_autocast(hidden_ND.device):
-            ctx.gradients, outputs = policy_loss_and_gradients(
-                inputs, settings, batch, spec, chunk_tokens, ctx.needs_input_grad[:3]
-            )
-        ctx.backend = settings.backend
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Gradient, ...]:
-        refuse_double_backward("linear_policy_loss")
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_policy_loss: a second backward through the same loss; its gradient is "
-                "computed once, in forward, and was handed out. Call linear_policy_loss again"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        for grad in gradients:
-            if grad is not None:
-                scale(grad, grads[0], ctx.backend)
-        return *gradients, None, None, None, None
+def token_logprobs_rows(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    settings: HeadSettings,
+    token_ids_N: Tensor,
+    chunk_tokens: int,
+) -> tuple[Tensor, ...]:
+    """Log-prob, entropy, row maximum and log-sum, [N] each."""
+    hidden_ND, weight_WD, bias_W = inputs
+    num_tokens = len(hidden_ND)
+    index_A = active_tokens(token_ids_N)
+    if index_A is not None:
+        hidden_ND, token_ids_N = hidden_ND[index_A], token_ids_N[index_A]
+        settings = settings.of_tokens(index_A)
+    head = Head(weight_WD, bias_W, settings, min(chunk_tokens, len(hidden_ND)))
+    rows_4A = hidden_ND.new_zeros(4, len(hidden_ND), dtype=settings.compute_dtype)
+    for tokens in token_slices(len(hidden_ND), chunk_tokens):
+        chunk = head.chunk(hidden_ND, token_ids_N, tokens)
+        rows_4A[:, tokens] = torch.stack(head.statistics(chunk, head.logits(chunk)))
+    return tuple(spread(values_A.clone(), index_A, num_tokens) for values_A in rows_4A)
 
 
-def scale(grad: Tensor, factor: Tensor, backend: str) -> None:
-    """Multiplies a gradient of one or two dimensions by a 0-d factor, in place."""
-    if grad.numel() > 0:
-        load_backend(backend).scale_(grad.view(1, -1, grad.shape[-1]), factor)
-
-
-class LinearTokenLogprobsFunction(torch.autograd.Function):
-    """`token_logprobs` of hidden @ weight.T + bias; backward recomputes the logits by chunks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_WD: Tensor,
-        bias_W: Tensor | None,
-        settings: HeadSettings,
-        token_ids_N: Tensor,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens = len(hidden_ND)
-        ctx.save_for_backward(hidden_ND, weight_WD, bias_W)
-        ctx.set_materialize_grads(False)
-        index_A = active_tokens(token_ids_N)
-        if index_A is not None:
-            hidden_ND, token_ids_N = hidden_ND[index_A], token_ids_N[index_A]
-            settings = settings.of_tokens(index_A)
-        with without_autocast(hidden_ND.device):
-            head = Head(weight_WD, bias_W, settings, min(chunk_tokens, len(hidden_ND)))
-            rows_4A = hidden_ND.new_zeros(4, len(hidden_ND), dtype=settings.compute_dtype)
-            for tokens in token_slices(len(hidden_ND), chunk_tokens):
-                chunk = head.chunk(hidden_ND, token_ids_N, tokens)
-                rows_4A[:, tokens] = torch.stack(head.statistics(chunk, head.logits(chunk)))
-        ctx.settings, ctx.index_A, ctx.chunk_tokens = settings, index_A, chunk_tokens
-        ctx.token_ids_A, ctx.rows_4A = token_ids_N, rows_4A
-        logprobs_A, entropy_A, max_A, log_sum_A = rows_4A.unbind()
-        outputs = (logprobs_A.clone(), entropy_A.clone(), max_A + log_sum_A)
-        logprobs_N, entropy_N, lse_N = (spread(rows, index_A, num_tokens) for rows in outputs)
-        ctx.mark_non_differentiable(lse_N)
-        return logprobs_N, entropy_N, lse_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Gradient, ...]:
-        refuse_double_backward("linear_token_logprobs")
-        # Unpacking the saved tensors is what detects a weight changed since forward.
-        hidden_ND, weight_WD, bias_W = ctx.saved_tensors
-        num_tokens, index_A = len(hidden_ND), ctx.index_A
-        if index_A is not None:
-            hidden_ND = hidden_ND[index_A]
-        zero_N = hidden_ND.new_zeros(num_tokens, dtype=ctx.settings.compute_dtype)
-        coef_logprob_A, coef_entropy_A = (
-            (zero_N if grad is None else grad)[slice(None) if index_A is None else index_A]
-            for grad in grads[:2]
+def token_logprobs_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    settings: HeadSettings,
+    token_ids_N: Tensor,
+    chunk_tokens: int,
+    values: list[Tensor],
+    coefficients: tuple[Tensor, Tensor],
+    wanted: tuple[bool, ...],
+) -> list[Gradient]:
+    """Gradients by `inputs`, for `values` that `token_logprobs_rows` returned and gradients by
+    log-prob and entropy, [N] each; computes the logits once more."""
+    hidden_ND, weight_WD, bias_W = inputs
+    num_tokens = len(hidden_ND)
+    index_A = active_tokens(token_ids_N)
+    if index_A is not None:
+        hidden_ND, token_ids_N = hidden_ND[index_A], token_ids_N[index_A]
+        settings = settings.of_tokens(index_A)
+        values = [values_N[index_A] for values_N in values]
+        coefficients = (coefficients[0][index_A], coefficients[1][index_A])
+    _, entropy_A, max_A, log_sum_A = values
+    head = Head(weight_WD, bias_W, settings, min(chunk_tokens, len(hidden_ND)))
+    gradients = Gradients(head, (hidden_ND, weight_WD, bias_W), wanted)
+    for tokens in token_slices(len(hidden_ND), chunk_tokens):
+        chunk = head.chunk(hidden_ND, token_ids_N, tokens)
+        gradients.add(
+            chunk,
+            head.logits(chunk),
+            (max_A[tokens], log_sum_A[tokens], entropy_A[tokens]),
+            (coefficients[0][tokens], coefficients[1][tokens]),
         )
-        with without_autocast(hidden_ND.device):
-            head = Head(weight_WD, bias_W, ctx.settings, min(ctx.chunk_tokens, len(hidden_ND)))
-            gradients = Gradients(head, (hidden_ND, weight_WD, bias_W), ctx.needs_input_grad[:3])
-            for tokens in token_slices(len(hidden_ND), ctx.chunk_tokens):
-                chunk = head.chunk(hidden_ND, ctx.token_ids_A, tokens)
-                _, entropy_n, max_n, log_sum_n = ctx.rows_4A[:, tokens].unbind()
-                gradients.add(
-                    chunk,
-                    head.logits(chunk),
-                    (max_n, log_sum_n, entropy_n),
-                    (coef_logprob_A[tokens], coef_entropy_A[tokens]),
-                )
-            hidden_grad, weight_grad, bias_grad = gradients.finish()
-        if hidden_grad is not None:
-            hidden_grad = spread(hidden_grad, index_A, num_tokens)
-        return hidden_grad, weight_grad, bias_grad, None, None, None
+    results = gradients.finish()
+    if results[0] is not None:
+        results[0] = spread(results[0], index_A, num_tokens)
+    return results
 
 
 def token_slices(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -10,11 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import library, linear
-from kernels.autograd import PolicyLossFunction, TokenLogprobsFunction
-from kernels.checks import check_devices, checked_batch, checked_head, checked_rows, differentiable
-from kernels.linear_head import default_chunk_tokens
-from kernels.sharding import VocabShard, local_logits, localize
+from kernels import library
+from kernels.autograd import (
+    LinearPolicyLossFunction,
+    LinearTokenLogprobsFunction,
+    PolicyLossFunction,
+    TokenLogprobsFunction,
+)
+from kernels.checks import check_devices, checked_product_dtype
+from kernels.sharding import VocabShard, local_logits
 from kernels.spec import LossSpec
 from kernels.token_loss import METRIC_NAMES
 
@@ -131,30 +135,20 @@ def linear_token_logprobs(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, and one integer
     if `chunk_tokens` is None; one of the hidden gradient in backward.
     """
-    check_devices(hidden.device, weight=weight, bias=bias, token_ids=token_ids)
-    settings = checked_head(
+    check_devices(hidden.device, token_ids=token_ids)
+    logprobs, entropy, lse = LinearTokenLogprobsFunction.apply(
         hidden,
         weight,
         bias,
         token_ids,
         as_tensor(temperature),
-        softcap,
-        vocab,
-        backend,
+        checked_product_dtype(hidden, weight, bias),
         chunk_tokens,
+        float(softcap),
+        *shard_parts(vocab),
+        backend,
     )
-    rows = checked_rows(hidden, token_ids, None, None, len(weight) if vocab is None else None)
-    logprobs_N, entropy_N, lse_N = linear.LinearTokenLogprobsFunction.apply(
-        differentiable(hidden).reshape(-1, hidden.shape[-1]),
-        differentiable(weight),
-        None if bias is None else differentiable(bias),
-        settings,
-        localize(rows.token_ids_N, vocab),
-        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
-    )
-    shape = token_ids.shape
-    entropy = entropy_N.view(shape) if with_entropy else None
-    return TokenLogprobs(logprobs_N.view(shape), entropy, lse_N.view(shape))
+    return TokenLogprobs(logprobs, entropy if with_entropy else None, lse)
 
 
 def group_advantages(
@@ -335,45 +329,39 @@ def linear_policy_loss(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk, one of the hidden gradient,
     and one integer if `chunk_tokens` is None, all in forward.
     """
-    settings = checked_head(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        as_tensor(temperature),
-        softcap,
-        vocab,
-        backend,
-        chunk_tokens,
-    )
-    rows = checked_rows(hidden, token_ids, mask, None, len(weight) if vocab is None else None)
-    batch = checked_batch(
-        rows,
-        spec,
-        vocab,
-        cu_seqlens=cu_seqlens,
+    tensors = dict(
+        token_ids=token_ids,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
         advantages=advantages,
         rewards=rewards,
-        group_size=group_size,
-        denominator=None if denominator is None else as_tensor(denominator),
-        per_token={
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "sampler_logprobs": sampler_logprobs,
-        },
+        cu_seqlens=cu_seqlens,
+        mask=mask,
     )
-    outputs = linear.LinearPolicyLossFunction.apply(
-        differentiable(hidden).reshape(-1, hidden.shape[-1]),
-        differentiable(weight),
-        None if bias is None else differentiable(bias),
-        settings,
-        batch,
-        spec,
-        chunk_tokens or default_chunk_tokens(len(rows.token_ids_N), weight, settings),
+    check_devices(hidden.device, **tensors)
+    inputs = hidden, weight, bias
+    loss, logprobs, entropy, metrics = LinearPolicyLossFunction.apply(
+        *inputs,
+        backend,
+        [x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs],
+        checked_product_dtype(hidden, weight, bias),
+        chunk_tokens,
+        token_ids,
+        *(detached(x) for x in (old_logprobs, ref_logprobs, sampler_logprobs)),
+        detached(advantages),
+        detached(rewards),
+        group_size,
+        cu_seqlens,
+        mask,
+        None if denominator is None else as_tensor(denominator),
+        spec.choices,
+        spec.numbers,
+        as_tensor(temperature),
+        float(softcap),
+        *shard_parts(vocab),
     )
-    loss, logprobs_N, entropy_N, metrics = outputs
-    shape = token_ids.shape
-    return named_loss(loss, logprobs_N.view(shape), entropy_N.view(shape), metrics)
+    return named_loss(loss, logprobs, entropy, metrics)
 
 
 def named_loss(loss: Tensor, logprobs: Tensor, entropy: Tensor, metrics: Tensor) -> PolicyLoss:

@@ -8,6 +8,7 @@ the gradient of a rank's columns needs nothing but the merged statistics. Shape 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -45,7 +46,8 @@ class VocabShard:
         """The shard of these bounds in the process group of that name; None for no bounds."""
         if not bounds:
             return None
-        return cls(_resolve_process_group(group_name), *bounds)
+        named: Any = group_name
+        return cls(_resolve_process_group(named), *bounds)
 
     @property
     def width(self) -> int:

@@ -74,6 +74,28 @@ def test_token_logprobs_ops_pass_opcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_linear_ops_pass_opcheck(loss: str) -> None:
+    batch = grpo_batch(24, WIDTH, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((24, 8), (WIDTH, 8), (WIDTH,))
+    )
+    chunked = (torch.float32, 10)
+    wanted = [True, False, True]
+    rest = (*arguments_of(batch, LOSSES[loss], 0.9), "reference")
+    torch.library.opcheck(
+        library.linear_policy_loss, (hidden, weight, bias, *chunked, *rest, wanted)
+    )
+    scaling = (torch.tensor(0.9), 0.0, [], "", "reference")
+    call = (hidden, weight, bias, batch.token_ids_N, *chunked, *scaling)
+    torch.library.opcheck(library.linear_token_logprobs, call)
+    values = list(library.linear_token_logprobs(*call))
+    torch.library.opcheck(
+        library.linear_token_logprobs_gradients, (*call, values, *torch.randn(2, 24), wanted)
+    )
+
+
 def test_group_advantages_op_passes_opcheck() -> None:
     rewards = torch.tensor([0.0, 1.0, 1.0, 0.5])
     torch.library.opcheck(library.group_advantages, (rewards, 2, None, "group", 1, 1e-4))
@@ -81,15 +103,14 @@ def test_group_advantages_op_passes_opcheck() -> None:
     torch.library.opcheck(library.group_advantages, (rewards, None, groups, "batch", 0, 1e-4))
 
 
-def both_ops(
+def all_ops(
     logits: Tensor, batch: GrpoBatch, spec: LossSpec, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """A loss with gradient through both ops on logits, and the logits' predecessor."""
+    """A loss with gradient through all four ops, and a metric; the first columns of the logits
+    also stand in for hidden states and weight."""
     scaled = logits * 1.5
-    policy = kernels.policy_loss(
-        scaled,
-        batch.token_ids_N,
-        batch.old_logprobs_N,
+    hidden, weight = logits[:, :8] / 8, logits[:, 8:16].repeat(5, 1)[:WIDTH] / 8
+    shared = dict(
         ref_logprobs=batch.ref_logprobs_N,
         rewards=batch.rewards_S,
         group_size=batch.group_size,
@@ -98,11 +119,19 @@ def both_ops(
         temperature=temperature,
         backend=backend,
     )
+    policy = kernels.policy_loss(scaled, batch.token_ids_N, batch.old_logprobs_N, **shared)
+    linear = kernels.linear_policy_loss(
+        hidden, weight, batch.token_ids_N, batch.old_logprobs_N, chunk_tokens=10, **shared
+    )
+    linear_tokens = kernels.linear_token_logprobs(
+        hidden, weight, batch.token_ids_N, chunk_tokens=16, backend=backend
+    )
     tokens = kernels.token_logprobs(
         scaled, batch.token_ids_N, temperature=temperature, with_entropy=True, backend=backend
     )
     assert tokens.entropy is not None
-    return policy.loss + (tokens.logprobs * tokens.entropy).mean(), policy.metrics["kl"]
+    loss = policy.loss + linear.loss + linear_tokens.logprobs.mean()
+    return loss + (tokens.logprobs * tokens.entropy).mean(), policy.metrics["kl"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -113,14 +142,14 @@ def test_one_graph_serves_every_length_temperature_and_clip(
     if backend == "triton" and device == "cpu":
         pytest.skip("the traced program is the same; in Triton's interpreter it takes a minute")
     torch.compiler.reset()
-    compiled = torch.compile(both_ops, fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(all_ops, fullgraph=True, dynamic=True, backend=compiler)
     spec = LOSSES[loss]
     for num_tokens, temperature, clip in ((24, 1.0, 0.2), (40, 0.7, 0.3), (56, 1.3, 0.25)):
         batch = grpo_batch(num_tokens, WIDTH, torch.float32, device=device)
         numbers = {"clip_high": clip, "kl_weight": clip / 2 if spec.kl != "none" else 0.0}
         changed = LossSpec.preset(loss, kl=spec.kl, entropy_weight=clip / 9, **numbers)
         results = []
-        for function in (compiled, both_ops):
+        for function in (compiled, all_ops):
             leaf = batch.logits_NV.clone().requires_grad_()
             value, kl = function(leaf, batch, changed, temperature, backend)
             value.backward()
@@ -133,9 +162,9 @@ def test_one_graph_serves_every_length_temperature_and_clip(
 def test_memory_is_not_overwritten_in_a_compiled_program() -> None:
     batch = grpo_batch(24, WIDTH, torch.float32)
     compiled = torch.compile(
-        lambda logits: kernels.token_logprobs(
-            logits, batch.token_ids_N, inplace_backward=True
-        ).logprobs,
+        lambda logits: (
+            kernels.token_logprobs(logits, batch.token_ids_N, inplace_backward=True).logprobs
+        ),
         backend="aot_eager",
         fullgraph=True,
     )

@@ -3,8 +3,13 @@
 The functions of `backends.FusedBackend`; `reference` defines their results. Nothing here waits for
 the GPU. A row of logits is read twice and its gradient written once; the rest is O(N).
 
+The fused kernel splits a row over PARTS programs and writes a row's gradient soon after it was
+read, so that the second reading finds the row in the L2 cache: some 2 * rows_ahead rows are between
+their two readings at a time.
+
 Tried without a GPU: compiled for sm_80, sm_90 and sm_100, where no kernel spills, and run in the
-interpreter. Tile sizes follow from register counts and were not tuned on a GPU. A row does a few
+interpreter, whose programs run one after the other. Tile sizes follow from register counts; they,
+PARTS and PROGRAMS_PER_SM were not tuned on a GPU. A row does a few
 exp and log in float64, which a GPU with little float64 hardware may feel at a small vocabulary.
 Shape legend: `reference.py`.
 """
@@ -27,6 +32,11 @@ LOAD_BYTES = 16
 WARP_SIZE = 32
 MAX_WARPS = 8
 ALIGNMENT = 16
+# All that a thread can have: with a soft cap ptxas would rather leave some on the stack, in vain,
+# to fit a second program on a multiprocessor.
+MAX_REGISTERS = 255
+MAX_PARTS = 4
+PROGRAMS_PER_SM = 2
 
 
 def row_stats(
@@ -42,6 +52,7 @@ def row_stats(
         {"logits": logits_OIW},
         token_ids_ptr=token_ids_N.contiguous(),
         stats_ptr=stats_4N,
+        PARTS=_row_parts(logits_OIW),
         **_scaling(inv_temperature, softcap),
     )
     return stats_4N
@@ -109,9 +120,22 @@ def policy_loss(
     logprobs_N = logits_OIW.new_empty(len(advantages_N), dtype=torch.float32)
     entropy_N = torch.empty_like(logprobs_N)
     coef_logprob_N = torch.empty_like(advantages_N)
+    num_rows, parts = len(advantages_N), _row_parts(logits_OIW)
+    num_programs = PROGRAMS_PER_SM * _num_multiprocessors(logits_OIW.device)
+    rows_ahead = max(1, num_programs // (2 * parts))
+    counters = torch.zeros(num_rows + 1, dtype=torch.int64, device=logits_OIW.device)
     _launch(
         programs.policy_loss_kernel,
         {"logits": logits_OIW, "out": out_OIW},
+        num_programs=min(num_programs, (num_rows + rows_ahead) * 2 * parts),
+        sums_ptr=logits_OIW.new_empty(
+            (num_rows, parts, programs.NUM_SUMS.value), dtype=torch.float32
+        ),
+        parts_read_ptr=counters[1:],
+        next_task_ptr=counters[:1],
+        num_rows=num_rows,
+        rows_ahead=rows_ahead,
+        PARTS=parts,
         token_ids_ptr=batch.token_ids_N.contiguous(),
         advantages_ptr=advantages_N,
         weights_ptr=terms.weights_N,
@@ -132,8 +156,15 @@ def policy_loss(
     return FusedLoss(loss=loss.float(), logprobs_N=logprobs_N, entropy_N=entropy_N, metrics=metrics)
 
 
-def _launch(kernel: Any, tensors_OIW: dict[str, Tensor | None], **arguments: Any) -> None:
-    """Runs one program a row on the device of the first tensor, which gives the shape.
+def _launch(
+    kernel: Any,
+    tensors_OIW: dict[str, Tensor | None],
+    *,
+    num_programs: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Runs one program a row, if nothing else is said, on the device of the first tensor, which
+    gives the shape.
 
     Each tensor goes to the kernel as `<name>_ptr`, `<name>_stride_outer` and `<name>_stride_inner`.
     """
@@ -149,22 +180,42 @@ def _launch(kernel: Any, tensors_OIW: dict[str, Tensor | None], **arguments: Any
             # The stride of a dimension of size 1 says nothing, and would only vary the alignment.
             if tensor_OIW is not None and tensor_OIW.shape[dim] > 1:
                 strides[f"{name}_stride_{axis}"] = tensor_OIW.stride(dim)
-    lanes_per_warp = WARP_SIZE * LOAD_BYTES // first_OIW.element_size()
-    num_warps = triton.next_power_of_2(triton.cdiv(width, DEPTH * lanes_per_warp))
-    num_warps = min(num_warps, MAX_WARPS)
+    lanes, num_warps = _lanes(first_OIW)
     with torch.cuda.device_of(first_OIW):
-        kernel[(outer * inner,)](
+        kernel[(num_programs or outer * inner,)](
             **{f"{name}_ptr": tensor_OIW for name, tensor_OIW in tensors_OIW.items()},
             **strides,
             **arguments,
             width=width,
             inner=inner,
             ALIGNED=all(stride % ALIGNMENT == 0 for stride in strides.values()),
-            LANES=lanes_per_warp * num_warps,
+            LANES=lanes,
             DEPTH=DEPTH,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS if arguments.get("HAS_SOFTCAP") else None,
             enable_fp_fusion=False,
         )
+
+
+def _lanes(logits_OIW: Tensor) -> tuple[int, int]:
+    """Columns that the threads of a program load at once, and its warps."""
+    lanes_per_warp = WARP_SIZE * LOAD_BYTES // logits_OIW.element_size()
+    wanted = triton.next_power_of_2(triton.cdiv(logits_OIW.shape[-1], DEPTH * lanes_per_warp))
+    num_warps = min(wanted, MAX_WARPS)
+    return lanes_per_warp * num_warps, num_warps
+
+
+def _row_parts(logits_OIW: Tensor) -> int:
+    """Parts in which a row is summed, a power of two; given by dtype and width alone."""
+    lanes, _ = _lanes(logits_OIW)
+    tiles = triton.cdiv(logits_OIW.shape[-1], DEPTH * lanes)
+    return min(MAX_PARTS, triton.next_power_of_2(tiles))
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _scaling(inv_temperature: Tensor | float, softcap: float) -> dict[str, Any]:

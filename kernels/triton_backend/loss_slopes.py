@@ -73,3 +73,52 @@ def sampler_weight(
     if MASK:
         return tl.where((weight >= low) & (weight <= high), weight, 0.0)
     return tl.where(weight > high, high, weight)
+
+
+@triton.jit
+def token_slope(
+    logprob: tl.tensor,
+    advantage: tl.tensor,
+    old_logprobs_ptr: tl.tensor | None,
+    ref_logprobs_ptr: tl.tensor | None,
+    sampler_logprobs_ptr: tl.tensor | None,
+    row: tl.tensor,
+    lower: tl.tensor,
+    upper_positive: tl.tensor,
+    upper_negative: tl.tensor,
+    temperature_positive: tl.tensor,
+    temperature_negative: tl.tensor,
+    sampler_low: tl.tensor,
+    sampler_high: tl.tensor,
+    kl_weight: tl.tensor,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+    SAMPLER_MASK: tl.constexpr,
+) -> tl.tensor:
+    """d (policy term + kl_weight * KL) / d logprob of the token of a row."""
+    old_logprob = logprob
+    if old_logprobs_ptr is not None:
+        old_logprob = tl.load(old_logprobs_ptr + row)
+    no_ratio = old_logprob == -float("inf")
+    ratio = tl.exp(tl.where(no_ratio, 0.0, logprob - old_logprob))
+    ratio_slope = tl.where(no_ratio, 0.0, ratio)
+    slope = policy_slope(
+        ratio,
+        ratio_slope,
+        advantage,
+        lower,
+        upper_positive,
+        upper_negative,
+        temperature_positive,
+        temperature_negative,
+        SURROGATE,
+    )
+    if sampler_logprobs_ptr is not None:
+        log_weight = logprob - tl.load(sampler_logprobs_ptr + row)
+        correction = sampler_weight(log_weight, sampler_low, sampler_high, SAMPLER_MASK)
+        slope = tl.where(slope == 0.0, 0.0, slope * correction)
+    if KL != "none":
+        gap = tl.load(ref_logprobs_ptr + row) - logprob
+        slope += kl_weight * kl_slope(gap, ratio, ratio_slope, KL, KL_RATIO_WEIGHTED)
+    return slope

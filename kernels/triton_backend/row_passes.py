@@ -1,8 +1,9 @@
-"""The passes over one row of logits, as device functions: sums over it, and its gradient.
+"""The passes over a row of logits or a part of one, as device functions: sums, and the gradient.
 
 `row_sums` keeps a running maximum, sum of exp and weighted sum for each of LANES columns and merges
-the lanes once at the end: threads do not wait for one another inside the loop, and the order of
-every sum depends on the width of the row alone. `write_gradient` goes from the last column to the
+the lanes once at the end: threads do not wait for one another inside the loop. A row is summed in
+PARTS, merged from first to last whoever summed them, so that the order of every sum depends on the
+width of the row alone. `write_gradient` goes from the last column to the
 first, whose data is the likeliest to be still in cache. What a row does once is float64, what a
 column does is float32 and relative to the maximum.
 
@@ -73,8 +74,12 @@ def row_offset(
     stride_inner: tl.tensor,
     ALIGNED: tl.constexpr,
 ) -> tl.tensor:
-    """Where row (row // inner, row % inner) starts, in elements."""
-    offset = (row // inner) * stride_outer + (row % inner) * stride_inner
+    """Where row (row // inner, row % inner) starts, in elements.
+
+    Rows are counted in 32 bits, where dividing takes a few instructions, elements in 64.
+    """
+    outer = (row.to(tl.int32) // inner.to(tl.int32)).to(tl.int64)
+    offset = outer * stride_outer + (row - outer * inner) * stride_inner
     if ALIGNED:
         offset = tl.multiple_of(offset, ROW_ALIGNMENT)
     return offset
@@ -83,7 +88,8 @@ def row_offset(
 @triton.jit
 def row_sums(
     row_ptr: tl.tensor,
-    width: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     left_out: tl.tensor,
     inv_temperature: tl.tensor,
     softcap: tl.tensor,
@@ -91,15 +97,15 @@ def row_sums(
     LANES: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Maximum m of z; sums of exp(z - m) and of (z - m) exp(z - m) without column `left_out`."""
-    tl.assume(width > 0)
+    """Of columns begin to end: maximum m of z, and without column `left_out` the sums of exp(z - m)
+    and of (z - m) exp(z - m)."""
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     lane_max = tl.full([LANES], -float("inf"), tl.float32)
     lane_sum = tl.full([LANES], 0.0, tl.float32)
     lane_weighted = tl.full([LANES], 0.0, tl.float32)
-    for start in range(0, width, DEPTH * LANES):
+    for start in range(begin, end, DEPTH * LANES):
         columns = start + tile
-        inside = columns < width
+        inside = columns < end
         x = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
         z, _ = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
         z = tl.where(inside, z, -float("inf"))
@@ -121,16 +127,42 @@ def row_sums(
 
 
 @triton.jit
-def _log1p(x: tl.tensor) -> tl.tensor:
-    """log(1 + x) of x >= 0 in float64, corrected for the rounding of the sum (Kahan)."""
-    excess = (1.0 + x) - 1.0
-    divisor = tl.where(excess == 0.0, 1.0, excess)
-    return tl.where(excess == 0.0, x, tl.log(1.0 + x) * (x / divisor))
+def merged_sums(
+    max_a: tl.tensor,
+    sum_a: tl.tensor,
+    weighted_a: tl.tensor,
+    max_b: tl.tensor,
+    sum_b: tl.tensor,
+    weighted_b: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The `row_sums` of two ranges of columns as those of both."""
+    row_max = tl.maximum(max_a, max_b)
+    origin = tl.where(row_max == -float("inf"), 0.0, row_max)
+    rise_a, factor_a = _bounded_exp(max_a - origin)
+    rise_b, factor_b = _bounded_exp(max_b - origin)
+    row_sum = factor_a * sum_a + factor_b * sum_b
+    weighted = factor_a * (weighted_a + rise_a * sum_a) + factor_b * (weighted_b + rise_b * sum_b)
+    return row_max, row_sum, weighted
+
+
+@triton.jit
+def part_of_row(
+    part: tl.tensor,
+    width: tl.tensor,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """First column of a part and the one after its last: whole tiles, the last part may be short
+    or empty."""
+    tiles = (width + DEPTH * LANES - 1) // (DEPTH * LANES)
+    size = (tiles + PARTS - 1) // PARTS * (DEPTH * LANES)
+    return part * size, tl.minimum(part * size + size, width)
 
 
 @triton.jit
 def _one_minus_exp(x: tl.tensor) -> tl.tensor:
-    """1 - exp(x) of x <= 0 in float64, corrected likewise where it cancels."""
+    """1 - exp(x) of x <= 0 in float64, corrected for the rounding of exp where it cancels."""
     power = tl.exp(x)
     divisor = tl.log(tl.where((power < 0.5) | (power == 1.0), 0.5, power))
     small = tl.where(power == 1.0, -x, (1.0 - power) * (x / divisor))
@@ -151,7 +183,11 @@ def logprob_and_entropy(
     shift = tl.where(target == -float("inf"), -float("inf"), shift)
     power = tl.exp(shift)
     row_sum = others + power
-    log_sum = tl.where(shift == 0.0, _log1p(others), tl.log(row_sum))
+    log_sum = tl.log(row_sum)
+    # Where the target is the maximum: log1p(others), corrected for the rounding of 1 + others.
+    excess = tl.where(row_sum == 1.0, 1.0, row_sum - 1.0)
+    log1p = tl.where(row_sum == 1.0, others, log_sum * (others / excess))
+    log_sum = tl.where(shift == 0.0, log1p, log_sum)
     weighted = weighted.to(tl.float64) + tl.where(power == 0.0, 0.0, shift * power)
     return log_sum, shift - log_sum, log_sum - weighted / row_sum
 
@@ -160,7 +196,8 @@ def logprob_and_entropy(
 def write_gradient(
     row_ptr: tl.tensor,
     out_row_ptr: tl.tensor,
-    width: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     token_id: tl.tensor,
     inv_temperature: tl.tensor,
     softcap: tl.tensor,
@@ -177,8 +214,8 @@ def write_gradient(
 ) -> None:
     """d_j = coef_logprob (1[j=y] - p_j) - coef_entropy p_j (log p_j + entropy), times dz_j/dx_j.
 
-    p_j = exp(shift_j - log_sum) with shift_j = z_j - row_max. The factors that all columns share
-    are multiplied in float64 and rounded once.
+    Of columns begin to end. p_j = exp(shift_j - log_sum) with shift_j = z_j - row_max. The factors
+    that all columns share are multiplied in float64 and rounded once.
     """
     probability = tl.exp(logprob)
     surprise = tl.where(probability == 0.0, 0.0, probability * (logprob + entropy))
@@ -188,11 +225,10 @@ def write_gradient(
     weight_logprob = (coef_logprob * common).to(tl.float32)
     weight_entropy = (coef_entropy * common).to(tl.float32)
     mean_shift = (log_sum - entropy).to(tl.float32)
-    tl.assume(width > 0)
-    num_tiles = (width + DEPTH * LANES - 1) // (DEPTH * LANES)
+    num_tiles = (end - begin + DEPTH * LANES - 1) // (DEPTH * LANES)
     for done in range(0, num_tiles):
-        columns = (num_tiles - 1 - done) * (DEPTH * LANES) + tl.arange(0, DEPTH * LANES)
-        inside = columns < width
+        columns = begin + (num_tiles - 1 - done) * (DEPTH * LANES) + tl.arange(0, DEPTH * LANES)
+        inside = columns < end
         x = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
         z, slope = scaled(x, inv_temperature, softcap, HAS_SOFTCAP)
         shift, gradient = _bounded_exp(z - row_max)
@@ -208,9 +244,13 @@ def write_gradient(
 
 @triton.jit
 def write_zeros(
-    out_row_ptr: tl.tensor, width: tl.tensor, LANES: tl.constexpr, DEPTH: tl.constexpr
+    out_row_ptr: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
 ) -> None:
     zeros = tl.full([DEPTH * LANES], 0.0, out_row_ptr.dtype.element_ty)
-    for start in range(0, width, DEPTH * LANES):
+    for start in range(begin, end, DEPTH * LANES):
         columns = start + tl.arange(0, DEPTH * LANES)
-        tl.store(out_row_ptr + columns, zeros, mask=columns < width)
+        tl.store(out_row_ptr + columns, zeros, mask=columns < end)
