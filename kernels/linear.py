@@ -139,7 +139,8 @@ def policy_loss_and_gradients(
         logprobs_A, entropy_A, coef_logprob_A, coef_entropy_A, batch, terms, spec
     )
     logprobs_N, entropy_N = (
-        spread(values_A.to(dtype), index_A, num_tokens) for values_A in (logprobs_A, entropy_A)
+        spread(values_A.to(dtype, copy=True), index_A, num_tokens)
+        for values_A in (logprobs_A, entropy_A)
     )
     results: list[Gradient] = [None, None, None]
     if gradients is not None:

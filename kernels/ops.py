@@ -18,6 +18,7 @@ from kernels.autograd import (
     TokenLogprobsFunction,
 )
 from kernels.checks import check_devices, checked_product_dtype
+from kernels.library import run
 from kernels.sharding import VocabShard, local_logits
 from kernels.spec import LossSpec
 from kernels.token_loss import METRIC_NAMES
@@ -179,7 +180,7 @@ def group_advantages(
 
     Source: Shao et al. 2024 (DeepSeekMath, 2402.03300) section 4.1.2; Liu et al. 2025 (2503.20783).
     """
-    return library.group_advantages(rewards.detach(), group_size, group_ids, scale, ddof, eps)
+    return run(library.group_advantages, rewards.detach(), group_size, group_ids, scale, ddof, eps)
 
 
 def policy_loss(

@@ -8,8 +8,7 @@ the gradient of a rank's columns needs nothing but the merged statistics. Shape 
 
 import math
 from dataclasses import dataclass
-from typing import Any
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
