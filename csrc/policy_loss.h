@@ -126,12 +126,12 @@ struct Term {
   double slope = 0.0;
 };
 
-// log r and its derivative. Without old log-probs r = 1 with gradient kept; a token that had no
-// probability before counts as unchanged.
+// log r and its derivative. Without old log-probs r = 1 with gradient kept, NaN for NaN; a token that
+// had no probability before counts as unchanged.
 ONEPASS_HOST_DEVICE inline Term log_ratio_term(double logprob, bool has_old, double old_logprob) {
-  if (!has_old) return {0.0, 1.0};
-  if (old_logprob == -INFINITY) return {0.0, 0.0};
-  return {logprob - old_logprob, 1.0};
+  const double before = has_old ? old_logprob : logprob;
+  if (before == -INFINITY) return {0.0, 0.0};
+  return {logprob - before, 1.0};
 }
 
 ONEPASS_HOST_DEVICE inline Term clip_term(double advantage, Term log_ratio, const LossSpec& spec) {

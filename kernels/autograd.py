@@ -100,20 +100,21 @@ class PolicyLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_inplace(logits, inplace)
         gradient = gradient_buffer(logits, inplace) if wants_gradient else None
-        outputs = run(library.policy_loss, gradient, logits.detach(), *rest, backend)
+        *outputs, unit = run(library.policy_loss, gradient, logits.detach(), *rest, backend)
         if gradient is not None:
             note_write(gradient, inplace)
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, unit)
         ctx.backend, ctx.num_rest, ctx.handed_out = backend, len(rest), False
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        loss, logprobs, entropy, metrics = outputs
+        ctx.mark_non_differentiable(logprobs, entropy, metrics)
+        return loss, logprobs, entropy, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("policy_loss")
         refuse_second_backward(ctx, "policy_loss")
-        (gradient,) = ctx.saved_tensors
-        run(library.scale_, gradient, grads[0], ctx.backend)
+        gradient, unit = ctx.saved_tensors
+        run(library.scale_, gradient, (grads[0] * unit).to(grads[0].dtype), ctx.backend)
         return gradient, None, None, None, *[None] * ctx.num_rest
 
 
@@ -170,7 +171,13 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
             *(zero if grad is None else grad for grad in grads[:2]),
             wanted,
         )
-        return *only_wanted(gradients, wanted), *[None] * (4 + len(ctx.rest))
+        gradients = [
+            None if gradient is None else gradient.to(x.dtype)
+            for gradient, x in zip(
+                only_wanted(gradients, wanted), (hidden, weight, bias), strict=True
+            )
+        ]
+        return *gradients, *[None] * (4 + len(ctx.rest))
 
 
 class LinearPolicyLossFunction(torch.autograd.Function):
@@ -191,6 +198,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.backend, ctx.wanted, ctx.num_rest = backend, wanted, len(rest)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.handed_out = False
         loss, logprobs, entropy, metrics = outputs
         ctx.mark_non_differentiable(logprobs, entropy, metrics)
@@ -204,6 +212,10 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 run(library.scale_, gradient, grads[0], ctx.backend)
+        gradients = [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return *gradients, None, None, *[None] * ctx.num_rest
 
 

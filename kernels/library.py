@@ -25,12 +25,12 @@ from kernels.checks import (
     checked_rows,
     checked_scaling,
 )
-from kernels.linear_head import default_chunk_tokens, without_autocast
+from kernels.linear_head import default_chunk_tokens, unscaled_dtype, without_autocast
 from kernels.passes import RowValues
 from kernels.reference import compute_dtype
 from kernels.sharding import VocabShard, localize
 from kernels.spec import LossSpec, check_choice
-from kernels.token_loss import METRIC_NAMES
+from kernels.token_loss import METRIC_NAMES, with_unit_weights
 
 
 def run(op: CustomOpDef, *arguments: Any) -> Any:
@@ -47,6 +47,7 @@ def run(op: CustomOpDef, *arguments: Any) -> Any:
 PLAIN_TENSORS = (Tensor, Parameter)
 ThreeTensors = tuple[Tensor, Tensor, Tensor]
 FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("onepass_rl::token_logprobs", mutates_args=())
@@ -127,8 +128,12 @@ def policy_loss(
     shard: list[int],
     shard_group: str,
     backend: str,
-) -> FourTensors:
-    """Loss, log-probs, entropy and metrics; writes the gradient of the logits if wanted."""
+) -> FiveTensors:
+    """Loss, log-probs, entropy, metrics and a unit; writes the gradient of the logits if wanted.
+
+    The gradient is the one written times the unit: 1 but for float16, which would round small
+    gradients away before a loss scaler can make them larger.
+    """
     backend = select_backend(backend, logits.device, logits.dtype)
     vocab = VocabShard.from_parts(shard, shard_group)
     rows = checked_rows(logits, token_ids, mask, vocab, logits.shape[-1] if vocab is None else None)
@@ -149,16 +154,22 @@ def policy_loss(
             "sampler_logprobs": sampler_logprobs,
         },
     )
+    unit = torch.ones((), dtype=torch.float64, device=logits.device)
+    if logits.dtype == torch.float16:
+        batch, unit = with_unit_weights(batch, spec)
     out_OIW = None if gradient is None else checked_layout(gradient, inplace=True)
     loss, logprobs_N, entropy_N, metrics = passes.policy_loss(
         checked_layout(logits), batch, spec, scaling, vocab, backend, out_OIW
     )
-    return loss, logprobs_N.view(token_ids.shape), entropy_N.view(token_ids.shape), metrics
+    logprobs, entropy = logprobs_N.view(token_ids.shape), entropy_N.view(token_ids.shape)
+    if logits.dtype == torch.float16:
+        loss = (loss * unit).to(loss.dtype)
+    return loss, logprobs, entropy, metrics, unit
 
 
 @policy_loss.register_fake
-def _(gradient: Tensor | None, logits: Tensor, token_ids: Tensor, *rest: object) -> FourTensors:
-    return fake_loss(logits, token_ids)
+def _(gradient: Tensor | None, logits: Tensor, token_ids: Tensor, *rest: object) -> FiveTensors:
+    return *fake_loss(logits, token_ids), logits.new_empty((), dtype=torch.float64)
 
 
 @torch.library.custom_op("onepass_rl::linear_token_logprobs", mutates_args=())
@@ -284,7 +295,8 @@ def linear_policy_loss(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`policy_loss` of hidden @ weight.T + bias, and the gradients by the three."""
+    """`policy_loss` of hidden @ weight.T + bias, and the gradients by the three, those of float16
+    in float32 (see `policy_loss`)."""
     call = LinearCall(
         hidden,
         weight,
@@ -392,7 +404,7 @@ def fake_gradients(inputs: tuple[Tensor, Tensor, Tensor | None], wanted: object)
     of_hidden, of_weight, of_bias = (
         inputs[0].new_empty(0)
         if tensor is None or not want
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        else tensor.new_empty(tensor.shape, dtype=unscaled_dtype(tensor.dtype))
         for tensor, want in zip(inputs, wanted, strict=True)
     )
     return of_hidden, of_weight, of_bias

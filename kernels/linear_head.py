@@ -84,6 +84,12 @@ def default_chunk_tokens(num_tokens: int, weight_WD: Tensor, settings: HeadSetti
     return even_share(num_tokens, most)
 
 
+def unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a gradient that the gradient of the loss is yet to multiply: float16 would round
+    small values away before a loss scaler makes them larger."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def whole_tiles(num_rows: int) -> int:
     """The next multiple of ROW_TILE."""
     return -(-num_rows // ROW_TILE) * ROW_TILE
@@ -187,7 +193,7 @@ class Gradients:
             # The parts of vocabulary shards are summed once more, hence not rounded yet.
             sharded = head.settings.vocab is not None
             self.hidden_ND = hidden_ND.new_zeros(
-                hidden_ND.shape, dtype=dtype if sharded else hidden_ND.dtype
+                hidden_ND.shape, dtype=dtype if sharded else unscaled_dtype(hidden_ND.dtype)
             )
         if wanted[1]:
             self.weight_WD = weight_WD.new_zeros(weight_WD.shape, dtype=dtype)
@@ -254,7 +260,8 @@ class Gradients:
                 self.weight_WD[:width].addmm_(grad_logits_nW.t(), hidden_nD)
 
     def finish(self) -> list[Tensor | None]:
-        """The gradients in the dtypes of the inputs; ends the work of the head.
+        """The gradients in the dtypes of the inputs, for float16 in float32; ends the work of the
+        head.
 
         Collectives: with a vocabulary shard, all_reduce(sum) of the hidden gradient.
         """
@@ -264,7 +271,7 @@ class Gradients:
         if self.hidden_ND is not None and vocab is not None:
             dist.all_reduce(self.hidden_ND, group=vocab.group)
         return [
-            None if grad is None else grad.to(dtype)
+            None if grad is None or dtype is None else grad.to(unscaled_dtype(dtype))
             for grad, dtype in zip(
                 (self.hidden_ND, self.weight_WD, self.bias_W), self.input_dtypes, strict=True
             )

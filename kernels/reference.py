@@ -117,4 +117,5 @@ def grad_logits(
 
 def scale_(grad_OIW: Tensor, factor: Tensor) -> None:
     """Multiplies a gradient by a 0-d factor in place."""
-    grad_OIW.mul_(factor.to(grad_OIW.dtype))
+    dtype = compute_dtype(grad_OIW)
+    grad_OIW.copy_(grad_OIW.to(dtype) * factor.to(dtype))

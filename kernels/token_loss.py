@@ -174,13 +174,7 @@ def aggregation_weights(
     in `spec.PRESETS`; "constant" is Liu et al. 2025 (2503.20783), listing 1.
     """
     active = active_N.double()
-    count: Tensor | float
-    if batch.denominator is not None:
-        count = batch.denominator
-    elif spec.aggregation == "token_mean":
-        count = active.sum().clamp(min=1)
-    else:
-        count = max(len(batch.offsets) - 1, 1)
+    count = aggregation_count(active_N, batch, spec)
     if spec.aggregation == "sum":
         return active
     if spec.aggregation == "sequence_mean":
@@ -189,6 +183,28 @@ def aggregation_weights(
         assert spec.max_tokens is not None
         return active / spec.max_tokens / count
     return active / count
+
+
+def aggregation_count(active_N: Tensor, batch: TokenBatch, spec: LossSpec) -> Tensor | float:
+    """The number of tokens (token_mean) or sequences that a loss is a mean over."""
+    if batch.denominator is not None:
+        return batch.denominator
+    if spec.aggregation == "token_mean":
+        return active_N.sum().clamp(min=1)
+    return max(len(batch.offsets) - 1, 1)
+
+
+def with_unit_weights(batch: TokenBatch, spec: LossSpec) -> tuple[TokenBatch, Tensor]:
+    """The batch with its largest aggregation weight brought into [1, 2), and the power of two that
+    takes losses and gradients back, 0-d float64."""
+    active_N = batch.token_ids_N != IGNORED
+    sequence_N = segment_index(batch.offsets, len(active_N))
+    weights_N = aggregation_weights(active_N, sequence_N, batch, spec)
+    largest = torch.cat([weights_N, weights_N.new_zeros(1)]).amax()
+    unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+    if spec.aggregation == "sum":
+        return batch, torch.ones_like(unit)
+    return replace(batch, denominator=aggregation_count(active_N, batch, spec) * unit), unit
 
 
 def loss_and_derivatives(

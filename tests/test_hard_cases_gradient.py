@@ -96,11 +96,6 @@ def test_16_float16_gradients_overflow_as_in_pytorch(backend: str, device: str) 
     torch.testing.assert_close(got[finite], want[finite], rtol=2 * eps, atol=2**-24)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="policy_loss rounds its gradient to float16 in forward, before the scaler's factor",
-)
 def test_16_float16_gradients_under_a_loss_scaler(backend: str, device: str) -> None:
     """A loss scaler multiplies the loss so that small gradients are not lost in float16."""
     batch = grpo_batch(8, 1003, torch.float16, device=device)
