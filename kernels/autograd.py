@@ -114,7 +114,10 @@ class PolicyLossFunction(torch.autograd.Function):
         refuse_double_backward("policy_loss")
         refuse_second_backward(ctx, "policy_loss")
         gradient, unit = ctx.saved_tensors
-        run(library.scale_, gradient, (grads[0] * unit).to(grads[0].dtype), ctx.backend)
+        factor = grads[0]
+        if gradient.dtype == torch.float16:
+            factor = (factor * unit).to(factor.dtype)
+        run(library.scale_, gradient, factor, ctx.backend)
         return gradient, None, None, None, *[None] * ctx.num_rest
 
 

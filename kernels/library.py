@@ -38,9 +38,11 @@ def run(op: CustomOpDef, *arguments: Any) -> Any:
 
     The body alone is faster by what a custom op adds to each call (measured: 0.1 to 0.3 ms).
     """
-    tensors = (x for x in arguments if isinstance(x, Tensor))
-    if torch.compiler.is_compiling() or any(type(x) not in PLAIN_TENSORS for x in tensors):
+    if torch.compiler.is_compiling():
         return op(*arguments)
+    for argument in arguments:
+        if isinstance(argument, Tensor) and type(argument) not in PLAIN_TENSORS:
+            return op(*arguments)
     return op._init_fn(*arguments)
 
 

@@ -375,7 +375,9 @@ def as_tensor(number: float | Tensor) -> Tensor:
     """A number as a tensor on the CPU, which torch.compile does not take for a constant."""
     if isinstance(number, Tensor):
         return number.detach()
-    return torch.ones((), dtype=torch.float64) * number
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64) * number
+    return torch.tensor(number, dtype=torch.float64)
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
