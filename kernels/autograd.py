@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import library
+from kernels import library, linear_library
 from kernels.checks import checked_layout
 from kernels.library import run
 
@@ -137,7 +137,7 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy, row_max, log_sum = run(
-            library.linear_token_logprobs,
+            linear_library.linear_token_logprobs,
             hidden,
             weight,
             bias,
@@ -162,7 +162,7 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         zero = torch.zeros_like(values[0])
         wanted = [bool(needed) for needed in ctx.needs_input_grad[:3]]
         gradients = run(
-            library.linear_token_logprobs_gradients,
+            linear_library.linear_token_logprobs_gradients,
             hidden.detach(),
             weight.detach(),
             None if bias is None else bias.detach(),
@@ -197,7 +197,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *outputs, of_hidden, of_weight, of_bias = run(
-            library.linear_policy_loss, hidden, weight, bias, *rest, backend, wanted
+            linear_library.linear_policy_loss, hidden, weight, bias, *rest, backend, wanted
         )
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.backend, ctx.wanted, ctx.num_rest = backend, wanted, len(rest)

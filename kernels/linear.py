@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from kernels import token_loss
 from kernels.linear_head import Gradients, Head, HeadSettings
+from kernels.loss_metrics import loss_metrics
 from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch, TokenTerms
@@ -135,7 +136,7 @@ def policy_loss_and_gradients(
         gradients = Gradients(head, (hidden_ND, weight_WD, bias_W), wanted)
     loss, rows_4A = policy_loss_rows(head, gradients, hidden_ND, batch, terms, spec, parts)
     logprobs_A, entropy_A, coef_logprob_A, coef_entropy_A = rows_4A.unbind()
-    metrics = token_loss.loss_metrics(
+    metrics = loss_metrics(
         logprobs_A, entropy_A, coef_logprob_A, coef_entropy_A, batch, terms, spec
     )
     logprobs_N, entropy_N = (

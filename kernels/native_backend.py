@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.loss_metrics import METRIC_NAMES
 from kernels.spec import LossSpec
-from kernels.token_loss import METRIC_NAMES, FusedLoss, TokenBatch
+from kernels.token_loss import FusedLoss, TokenBatch
 
 
 def _import_extension(name: str) -> ModuleType | str:

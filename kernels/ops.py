@@ -19,9 +19,9 @@ from kernels.autograd import (
 )
 from kernels.checks import check_devices, checked_product_dtype
 from kernels.library import run
+from kernels.loss_metrics import METRIC_NAMES
 from kernels.sharding import VocabShard, local_logits
 from kernels.spec import LossSpec
-from kernels.token_loss import METRIC_NAMES
 
 
 class TokenLogprobs(NamedTuple):
@@ -45,7 +45,7 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor
     """Entropy in nats, shaped like the token ids; 0 at ignored tokens."""
     metrics: dict[str, Tensor]
-    """0-d float32 tensors on the logits' device, one for each of `token_loss.METRIC_NAMES`."""
+    """0-d float32 tensors on the logits' device, one for each of `METRIC_NAMES`."""
 
 
 def token_logprobs(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import token_loss
 from kernels.backends import load_backend
+from kernels.loss_metrics import loss_metrics
 from kernels.sharding import VocabShard, merge_row_stats
 from kernels.spec import LossSpec
 from kernels.token_loss import TokenBatch
@@ -132,9 +133,7 @@ def policy_loss(
         values.logprobs_N, values.entropy_N, terms, spec
     )
     slopes = coefficients[0], coefficients[1]
-    metrics = token_loss.loss_metrics(
-        values.logprobs_N, values.entropy_N, *slopes, batch, terms, spec
-    )
+    metrics = loss_metrics(values.logprobs_N, values.entropy_N, *slopes, batch, terms, spec)
     if out_OIW is not None:
         write_gradient(
             logits_OIW, batch.token_ids_N, scaling, values, slopes, vocab, backend, out_OIW

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import LossSpec, library
+from kernels import LossSpec, library, linear_library
 from kernels.testing import GrpoBatch, grpo_batch
 
 WIDTH = 101
@@ -85,14 +85,14 @@ def test_linear_ops_pass_opcheck(loss: str) -> None:
     wanted = [True, False, True]
     rest = (*arguments_of(batch, LOSSES[loss], 0.9), "reference")
     torch.library.opcheck(
-        library.linear_policy_loss, (hidden, weight, bias, *chunked, *rest, wanted)
+        linear_library.linear_policy_loss, (hidden, weight, bias, *chunked, *rest, wanted)
     )
     scaling = (torch.tensor(0.9), 0.0, [], "", "reference")
     call = (hidden, weight, bias, batch.token_ids_N, *chunked, *scaling)
-    torch.library.opcheck(library.linear_token_logprobs, call)
-    values = list(library.linear_token_logprobs(*call))
+    torch.library.opcheck(linear_library.linear_token_logprobs, call)
+    values = list(linear_library.linear_token_logprobs(*call))
     torch.library.opcheck(
-        library.linear_token_logprobs_gradients, (*call, values, *torch.randn(2, 24), wanted)
+        linear_library.linear_token_logprobs_gradients, (*call, values, *torch.randn(2, 24), wanted)
     )
 
 

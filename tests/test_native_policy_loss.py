@@ -9,11 +9,12 @@ from torch import Tensor
 
 import kernels
 from kernels import advantages, native_backend, reference, token_loss
+from kernels.loss_metrics import METRIC_NAMES, loss_metrics
 from kernels.passes import finish_stats
 from kernels.reference import IGNORED
 from kernels.spec import LossSpec
 from kernels.testing import eager_policy_loss, grpo_batch
-from kernels.token_loss import METRIC_NAMES, FusedLoss, TokenBatch
+from kernels.token_loss import FusedLoss, TokenBatch
 
 if native_backend.cpp_unavailable_reason() is not None:
     pytest.skip(f"{native_backend.cpp_unavailable_reason()}", allow_module_level=True)
@@ -102,7 +103,7 @@ def specified(
     entropy_N = torch.where(active_N, -(logp_NW.exp() * logp_NW).sum(-1), 0.0)
     terms = token_loss.token_terms(batch, spec)
     loss, *coefs = token_loss.loss_and_derivatives(logprobs_N, entropy_N, terms, spec)
-    metrics = token_loss.loss_metrics(logprobs_N, entropy_N, *coefs, batch, terms, spec)
+    metrics = loss_metrics(logprobs_N, entropy_N, *coefs, batch, terms, spec)
     out_OIW = torch.empty_like(logits_OIW)
     reference.grad_logits(
         logits_OIW,

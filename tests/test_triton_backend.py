@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import LossSpec, reference, token_loss, triton_backend
+from kernels.loss_metrics import loss_metrics
 from kernels.passes import finish_stats
 from kernels.reference import IGNORED, NOT_OWNED
 from kernels.token_loss import FusedLoss, TokenBatch
@@ -234,7 +235,7 @@ def test_fused_loss_matches_autograd_of_the_reference(
     logprobs_N, entropy_N, max_N, log_sum_N = finish_stats(stats_4N)
     resolved = token_loss.token_terms(batch, spec)
     loss, *coefs = token_loss.loss_and_derivatives(logprobs_N, entropy_N, resolved, spec)
-    metrics = token_loss.loss_metrics(logprobs_N, entropy_N, *coefs, batch, resolved, spec)
+    metrics = loss_metrics(logprobs_N, entropy_N, *coefs, batch, resolved, spec)
     want_OIW = torch.empty_like(logits_OIW)
     reference.grad_logits(
         logits_OIW, batch.token_ids_N, 1 / 0.9, 0.0, max_N, log_sum_N, entropy_N, *coefs, want_OIW

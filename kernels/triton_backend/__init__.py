@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from kernels import token_loss
+from kernels.loss_metrics import loss_metrics
 from kernels.spec import LossSpec
 from kernels.token_loss import FusedLoss, TokenBatch
 from kernels.triton_backend import programs
@@ -150,7 +151,7 @@ def policy_loss(
     )
     coef_entropy_N = -spec.entropy_weight * terms.weights_N
     loss = token_loss.objective(logprobs_N.double(), entropy_N.double(), terms, spec)
-    metrics = token_loss.loss_metrics(
+    metrics = loss_metrics(
         logprobs_N, entropy_N, coef_logprob_N, coef_entropy_N, batch, terms, spec
     )
     return FusedLoss(loss=loss.float(), logprobs_N=logprobs_N, entropy_N=entropy_N, metrics=metrics)
