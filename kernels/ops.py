@@ -1,8 +1,12 @@
-"""The public ops: checks of every argument, then one call into `autograd`.
+"""The public ops: the only file a user needs to read.
 
 Shapes: N packed tokens (prompt tokens already dropped), V whole vocabulary, W this rank's columns
 of it, S sequences, B rows and T positions of a padded batch. Logits are packed [N, W] or padded [B,
 T, W]; with padding, S = B.
+
+Arguments are checked when an op runs. On a CPU a wrong value is a ValueError; on a GPU, where
+reading it would stop the stream, wrong token ids, offsets and temperatures are an assertion on the
+device. torch.compile(fullgraph=True, dynamic=True) keeps each op whole.
 """
 
 from typing import NamedTuple
@@ -74,7 +78,7 @@ def token_logprobs(
         with_entropy: also return the entropy.
         vocab: the columns this rank holds, when the vocabulary is split over a process group.
         inplace_backward: let backward overwrite the logits with their gradient. Logits needed by
-            another backward then raise there.
+            another backward then raise there. Not under torch.compile.
         backend: "auto" or a name of `available_backends()`.
 
     Returns:
@@ -226,7 +230,8 @@ def policy_loss(
         denominator: global number of tokens (aggregation "token_mean") or of sequences (all
             others) when the batch is a part of a larger one, so that gradients of parts add up.
         inplace_backward: overwrite the logits with their gradient, in this call, if they require
-            grad. Logits needed by another backward then raise there.
+            grad: read them before. Logits needed by another backward then raise there. Not under
+            torch.compile.
 
     Returns:
         `PolicyLoss`.
