@@ -6,6 +6,7 @@ kernels on a CPU, the reference for float64 (which only it computes), Triton on 
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol, cast
@@ -70,6 +71,7 @@ def _reference_reason() -> str | None:
     return None
 
 
+@cache
 def _cpp_reason() -> str | None:
     return cast(str | None, import_module("kernels.native_backend").cpp_unavailable_reason())
 
@@ -138,6 +140,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+@cache
 def load_backend(name: str) -> ModuleType:
     """The module behind a name that `select_backend` returned."""
     return import_module(MODULE[name])

@@ -9,6 +9,7 @@ reading it would stop the stream, wrong token ids, offsets and temperatures are 
 device. torch.compile(fullgraph=True, dynamic=True) keeps each op whole.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -382,6 +383,12 @@ def as_tensor(number: float | Tensor) -> Tensor:
         return number.detach()
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64) * number
+    return constant(number)
+
+
+@lru_cache(maxsize=64)
+def constant(number: float) -> Tensor:
+    """A number as a tensor that nobody writes to."""
     return torch.tensor(number, dtype=torch.float64)
 
 
