@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -58,8 +59,13 @@ class ThreadPool {
 
 // Never destroyed: workers wait on it until the process ends.
 std::atomic<ThreadPool*> pool{nullptr};
+// OpenMP's threads do not outlive a fork, and its library does not notice.
+std::atomic<bool> forked{false};
 
-void forget_pool() { pool.store(nullptr); }
+void forget_pool() {
+  pool.store(nullptr);
+  forked.store(true);
+}
 
 ThreadPool& the_pool() {
   static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
@@ -73,11 +79,36 @@ ThreadPool& the_pool() {
   return *current;
 }
 
+// The OpenMP library that PyTorch has loaded. Its threads spin for a while after each operator, on
+// the cores that threads of our own would need; as our workers they are ready at once.
+struct OpenMp {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  using ThreadNumber = int (*)();
+
+  Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  ThreadNumber thread_number =
+      reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+
+  bool found() const { return parallel && thread_number; }
+};
+
+const OpenMp& openmp() {
+  static const OpenMp library;
+  return library;
+}
+
+void call_body(void* body) {
+  (*static_cast<const std::function<void(int)>*>(body))(openmp().thread_number());
+}
+
 }  // namespace
 
 void run_on_threads(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
-  the_pool().run(threads, body);
+  ThreadPool& own = the_pool();
+  if (!openmp().found() || forked.load()) return own.run(threads, body);
+  openmp().parallel(call_body, const_cast<std::function<void(int)>*>(&body),
+                    static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace onepass
