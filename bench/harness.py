@@ -285,13 +285,8 @@ class Rounds:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Wall time of a call, once PyTorch's threads are at rest.
-
-    OpenMP threads spin for some milliseconds after the last parallel region, on the cores that the
-    measurement is about.
-    """
+    """Wall time of a call."""
     synchronize()
-    time.sleep(0.02)
     start = time.perf_counter()
     call()
     synchronize()
