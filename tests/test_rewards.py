@@ -326,3 +326,11 @@ def test_random_text_always_gets_a_finite_reward_that_json_holds() -> None:
             assert reward.total is not None and math.isfinite(reward.total)
             assert set(reward.parts.values()) <= {0.0, 1.0}
             assert json.loads(json.dumps(reward.extracted)) == reward.extracted
+
+
+def test_template_may_be_given_by_name() -> None:
+    completion = "<think> 2 + 3 </think> <answer> 5 </answer>"
+    assert extract_answer(completion, "r1") == "5"
+    assert format_reward(completion, "r1") == 1.0
+    with pytest.raises(ValueError, match="template: expected one of"):
+        extract_answer(completion, "r2")

@@ -15,7 +15,14 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from trainer.templates import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Template
+from trainer.templates import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    Template,
+    template_by_name,
+)
 
 _BRACE_OR_BOX = re.compile(r"\\boxed(?![A-Za-z])\s*\{|\\.|[{}]", re.DOTALL)
 _SPECIAL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,60}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn)>")
@@ -54,14 +61,16 @@ def extract_boxed(text: str) -> str | None:
     return _last_box(answer_part) or None
 
 
-def extract_answer(completion: str, template: Template) -> str | None:
-    """The final answer as the template wants it given, or None where there is none.
+def extract_answer(completion: str, template: Template | str) -> str | None:
+    """The final answer as the template, given as such or by name, wants it; None where there is
+    none.
 
     With answer tags: the text of the only <answer> block, which must follow the only closed
     thought (two blocks are no answer, wherever they stand); a \\boxed{} inside is unwrapped.
     Otherwise the last complete \\boxed{} after the thought. Special-token text is stripped at the
     end of the answer only.
     """
+    template = _named(template)
     turn = _first_turn(completion, template)
     parts = _split_thought(turn, template)
     if parts is None or _NO_TEXT.search(turn):
@@ -77,7 +86,7 @@ def extract_answer(completion: str, template: Template) -> str | None:
     return answer[: _end_without_special_tokens(answer)].strip() or None
 
 
-def format_reward(completion: str, template: Template) -> float:
+def format_reward(completion: str, template: Template | str) -> float:
     """1.0 when the completion keeps to the template's format, else 0.0.
 
     With answer tags: exactly one non-empty <think> block (its opening tag left out when the prompt
@@ -87,6 +96,7 @@ def format_reward(completion: str, template: Template) -> float:
 
     Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (format reward).
     """
+    template = _named(template)
     turn = _first_turn(completion, template)
     turn = turn[: _end_without_special_tokens(turn)]
     parts = _split_thought(turn, template)
@@ -106,6 +116,10 @@ def format_reward(completion: str, template: Template) -> float:
 def thought(completion: str, template: Template) -> str:
     """The first turn up to </think>; all of it where no thought is closed."""
     return _first_turn(completion, template).partition(THINK_CLOSE)[0]
+
+
+def _named(template: Template | str) -> Template:
+    return template_by_name(template) if isinstance(template, str) else template
 
 
 def _first_turn(completion: str, template: Template) -> str:
