@@ -6,6 +6,8 @@ float64 may be at most ERROR_FACTOR times PyTorch's, plus one rounding of the ou
 
 import math
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -474,6 +476,33 @@ def test_forked_child_computes() -> None:
         assert child.exitcode == 0
     finally:
         torch.set_num_threads(before)
+
+
+FORK_BEFORE_FIRST_USE = """
+import multiprocessing
+import torch
+from kernels import native_backend
+
+def child(queue, logits_OIW):
+    ids_N = torch.zeros(40, dtype=torch.int64)
+    queue.put(native_backend.row_stats(logits_OIW, ids_N, 1.0, 0.0)[1, 0].item())
+
+torch.set_num_threads(2)
+logits_OIW = torch.randn(1, 40, 20000)
+logits_OIW + logits_OIW  # starts the threads of OpenMP
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=child, args=(queue, logits_OIW), daemon=True)
+process.start()
+print(queue.get(timeout=30))
+"""
+
+
+def test_forked_child_computes_where_only_pytorch_used_openmp_before() -> None:
+    # OpenMP's library hangs in a child of a process that has used it.
+    command = [sys.executable, "-c", FORK_BEFORE_FIRST_USE]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and float(run.stdout) > 0, run.stderr
 
 
 def test_unknown_cpu_level_names_the_choices() -> None:

@@ -67,9 +67,10 @@ void forget_pool() {
   forked.store(true);
 }
 
+// When the module is loaded: a parent that has used OpenMP without us may fork before it calls us.
+[[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, forget_pool);
+
 ThreadPool& the_pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  (void)registered;
   ThreadPool* current = pool.load();
   if (!current) {
     ThreadPool* fresh = new ThreadPool;
@@ -105,8 +106,7 @@ void call_body(void* body) {
 
 void run_on_threads(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
-  ThreadPool& own = the_pool();
-  if (!openmp().found() || forked.load()) return own.run(threads, body);
+  if (!openmp().found() || forked.load()) return the_pool().run(threads, body);
   openmp().parallel(call_body, const_cast<std::function<void(int)>*>(&body),
                     static_cast<unsigned>(threads), 0);
 }
