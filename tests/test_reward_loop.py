@@ -17,7 +17,9 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.fsdp import World
-from trainer.policy_update import Policy, PolicyUpdate, UpdateSample, make_optimizer
+from trainer.packing import UpdateSample
+from trainer.policy import Policy
+from trainer.policy_update import PolicyUpdate, make_optimizer
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import Reward
 from trainer.rollout import Completion

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trainer.attention import Packing
 from trainer.checkpoints import (
     CheckpointStore,
     restore_optimizer,
@@ -14,19 +15,23 @@ from trainer.checkpoints import (
 )
 from trainer.fsdp import World
 from trainer.model_loading import load_model
-from trainer.policy_update import Policy, make_optimizer
+from trainer.policy import Policy
+from trainer.policy_update import make_optimizer
 from trainer.presets import PRESETS
 from trainer.testing import bigram_model, bigram_tokenizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CONFIG = PRESETS["r1-zero-tiny"][1]
+THREE = Packing([3], ALONE.device)
 
 
 def trained_policy(steps: int = 3) -> tuple[Policy, torch.optim.Optimizer]:
     policy = Policy(bigram_model(noise=0.1))
     optimizer = make_optimizer(policy, CONFIG)
     for step in range(steps):
-        policy.model(torch.tensor([[1, 2, 3 + step]])).logits.square().mean().backward()
+        policy.model(
+            torch.tensor([[1, 2, 3 + step]]), packing=THREE
+        ).logits.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return policy, optimizer
@@ -59,7 +64,7 @@ def test_restored_state_makes_the_same_next_update_bit_for_bit(tmp_path: Path) -
     restored_optimizer = make_optimizer(restored, CONFIG)
     restore_optimizer(store.path(3), restored, restored_optimizer)
     for each, using in ((policy, optimizer), (restored, restored_optimizer)):
-        each.model(torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
+        each.model(torch.tensor([[5, 6, 7]]), packing=THREE).logits.square().mean().backward()
         using.step()
     for ours, theirs in zip(policy.weights(), restored.weights(), strict=True):
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
@@ -74,8 +79,9 @@ def test_checkpoint_holds_a_model_that_transformers_loads(tmp_path: Path) -> Non
     folder = store.path(1) / "model"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     token_ids = AutoTokenizer.from_pretrained(folder)("User: 1", return_tensors="pt").input_ids
-    expected = trained_policy()[0].model(token_ids).logits
-    assert torch.equal(loaded(token_ids).logits, expected)
+    packing = Packing([token_ids.shape[1]], ALONE.device)
+    expected = trained_policy()[0].model(token_ids, packing=packing).logits
+    assert torch.allclose(loaded(token_ids).logits, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no_checksums", "empty"])

@@ -18,13 +18,13 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.fsdp import World
+from trainer.packing import UpdateSample, pack_targets, pack_tokens, plan_micro_batches
+from trainer.policy import Policy
 from trainer.policy_update import (
-    Policy,
     PolicyUpdate,
-    UpdateSample,
-    make_micro_batch,
+    _MicroBatch,
     make_optimizer,
-    plan_micro_batches,
+    scheduled_learning_rate,
 )
 from trainer.testing import WORDS, bigram_model
 
@@ -186,12 +186,17 @@ def test_sampler_gap_is_the_distance_of_both_logprobs() -> None:
     assert gaps[0] < 1e-5 and gaps[1] == pytest.approx(0.25, abs=1e-5)
 
 
-def test_logits_are_made_for_completion_tokens_only() -> None:
-    batch = make_micro_batch(SAMPLES, [0, 5, 7], torch.device("cpu"))
-    policy = Policy(bigram_model())
-    logits = policy(batch.token_ids_BT, batch.positions_N)
-    tokens = sum(len(SAMPLES[index].token_ids) for index in (0, 5, 7))
-    assert logits.shape == (tokens, len(WORDS)) and batch.cu_seqlens[-1] == tokens
+def test_head_gets_the_states_before_completion_tokens_only() -> None:
+    chosen = [SAMPLES[index] for index in (0, 5, 7)]
+    model = bigram_model(noise=0.1)
+    expected = torch.cat([sequence_logprobs(model, one) for one in chosen])
+    targets = pack_targets(chosen, ALONE.device)
+    logits = Policy(model)(
+        pack_tokens(chosen, ALONE.device), lambda hidden, weight, bias: hidden @ weight.T
+    )
+    assert logits.shape == (sum(len(one.token_ids) for one in chosen), len(WORDS))
+    logprobs = (logits / 0.8).log_softmax(-1).gather(1, targets.target_ids_N[:, None])[:, 0]
+    assert torch.allclose(logprobs, expected, atol=1e-5)
 
 
 def test_non_finite_gradient_stops_before_the_weights_and_is_named() -> None:
@@ -220,6 +225,19 @@ def test_learning_rate_rises_over_the_warm_up() -> None:
     assert rates == pytest.approx([0.375e-2, 0.875e-2, 1e-2])
 
 
+def test_learning_rate_falls_by_the_schedule() -> None:
+    def rates(schedule: str) -> list[float]:
+        options = OptimizerOptions(
+            steps=5, minibatches=2, warmup_updates=2, learning_rate=1.0, schedule=schedule,
+            min_learning_rate=0.2,
+        )  # fmt: skip
+        return [scheduled_learning_rate(options, update) for update in range(1, 11)]
+
+    assert rates("linear") == pytest.approx([0.5, 1.0, *np.linspace(1.0, 0.2, 9)[1:]])
+    assert rates("cosine")[5] == pytest.approx(0.6) and rates("cosine")[-1] == pytest.approx(0.2)
+    assert rates("constant") == pytest.approx([0.5, *[1.0] * 9])
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_plan_deals_every_sample_once_and_evenly(num_ranks: int) -> None:
     lengths = np.random.default_rng(1).integers(1, 60, size=37).tolist()
@@ -228,15 +246,20 @@ def test_plan_deals_every_sample_once_and_evenly(num_ranks: int) -> None:
     assert sorted(dealt) == list(range(37))
     assert len({len(plan) for plan in plans}) == 1
     for plan in plans:
-        for part in plan:
-            padded = len(part) * max((lengths[index] for index in part), default=0)
-            assert padded <= 128 or len(part) == 1
+        loads = [sum(lengths[index] for index in part) for part in plan]
+        assert max(loads) <= 128 and max(loads) - min(loads) <= max(lengths)
     shares = [sum(lengths[index] for part in plan for index in part) for plan in plans]
     assert max(shares) - min(shares) <= max(lengths)
 
 
-def test_empty_micro_batch_has_no_gradient() -> None:
+def test_plan_leaves_a_sample_above_the_budget_alone() -> None:
+    plans = plan_micro_batches([300, 20, 30, 50], 1, 100)
+    assert sorted(map(sorted, plans[0])) == [[0], [1, 2, 3]]
+
+
+def test_rank_without_samples_has_no_gradient() -> None:
     update = make_update(make_config(LossOptions(loss="dr_grpo")), bigram_model())
-    result = update._backward(SAMPLES, [], None, None, 10, 4)
+    nothing = _MicroBatch(own=[None], head=[None], rows_of_ranks=[1])
+    result = update._backward(SAMPLES, nothing, None, None, 10, 4)
     assert result.loss.item() == 0.0
     assert all(not weight.grad.any() for weight in update.policy.parameters())

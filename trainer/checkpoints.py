@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.durable import flush_to_disk
 from trainer.fsdp import World, from_main_rank, full_tensors, shard_like
-from trainer.policy_update import Policy
+from trainer.policy import Policy
 
 FOLDER = "checkpoints"
 MODEL = "model"

@@ -227,7 +227,8 @@ class LossOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
-    """The updates: AdamW (betas 0.9, 0.95) at a constant learning rate after a linear warm-up."""
+    """The updates: AdamW (betas 0.9, 0.95); the learning rate rises linearly, then follows a
+    schedule."""
 
     steps: int = 150
     """Steps of the run; one step is one rollout and its updates."""
@@ -235,6 +236,10 @@ class OptimizerOptions:
     """Learning rate after the warm-up."""
     warmup_updates: int = 0
     """Optimizer updates over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes to --min-learning-rate over the updates after the warm-up."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the run, unless the schedule is constant."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -244,7 +249,7 @@ class OptimizerOptions:
     inner_epochs: int = 1
     """Passes over each rollout."""
     micro_batch_tokens: int = 16384
-    """Tokens (padding included) of one forward and backward on one rank; bounds activation
+    """Tokens, prompts included, of one forward and backward on one rank; bounds activation
     memory."""
     reference_reset_every: int | None = None
     """Replace the reference model by the policy every so many steps; None keeps the starting
@@ -253,10 +258,35 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "minibatches", "inner_epochs", "micro_batch_tokens"):
             check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
-        for name in ("learning_rate", "warmup_updates", "weight_decay"):
+        for name in ("learning_rate", "min_learning_rate", "warmup_updates", "weight_decay"):
             check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"--min-learning-rate: expected at most --learning-rate = {self.learning_rate}, "
+                f"got {self.min_learning_rate}"
+            )
         check_at_least("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
         check_at_least("--reference-reset-every", self.reference_reset_every, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingOptions:
+    """How weights and memory are divided over ranks; all ranks share the weights of one model."""
+
+    replicate: int = 1
+    """Groups of ranks that each hold all weights (HSDP); 1 shards them over all ranks."""
+    shard_head: bool = False
+    """Each rank keeps rows of the output layer and their logits for the tokens of all ranks; for
+    models that do not share the embedding."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute its inside again in backward."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer in host memory between uses (GPU only)."""
+
+    def __post_init__(self) -> None:
+        check_at_least("--replicate", self.replicate, 1)
+        if self.shard_head and self.replicate > 1:
+            raise ValueError(f"--shard-head: expected --replicate 1 with it, got {self.replicate}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,6 +351,7 @@ class TrainConfig:
     reward: RewardOptions = field(default_factory=RewardOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    sharding: ShardingOptions = field(default_factory=ShardingOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 

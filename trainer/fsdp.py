@@ -15,11 +15,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel
 
-from trainer.config import UsageError
+from kernels import VocabShard
+from trainer.config import ShardingOptions, UsageError
 
 T = TypeVar("T")
 
@@ -87,15 +94,14 @@ def gather_in_order(world: World, parts: Sequence[T]) -> list[T]:
     return [item for of_rank in gathered for item in of_rank]
 
 
-def sum_over_ranks(world: World, values: Iterable[float]) -> list[float]:
-    """Each value summed over ranks, in float64.
+def sum_over_ranks(world: World, values: Tensor) -> Tensor:
+    """Each value summed over ranks; in place.
 
     Collectives: one all-reduce.
     """
-    sums = torch.tensor(list(values), dtype=torch.float64)
     if world.size > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
+        dist.all_reduce(values)
+    return values
 
 
 def any_rank(world: World, condition: bool) -> bool:
@@ -103,7 +109,7 @@ def any_rank(world: World, condition: bool) -> bool:
 
     Collectives: one all-reduce.
     """
-    return sum_over_ranks(world, [float(condition)])[0] > 0
+    return bool(sum_over_ranks(world, torch.tensor(int(condition))))
 
 
 def from_main_rank(world: World, action: Callable[[], T]) -> T:
@@ -136,22 +142,74 @@ class MainRankFailedError(Exception):
 
 
 def shard_model(
-    root: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype
+    root: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    options: ShardingOptions,
 ) -> None:
     """FSDP2 over `layers` and the rest of `root`, in place; weights stay float32 and compute in
     `dtype`.
 
-    One rank in float32 is left as it is. Gradients of ranks are summed.
+    One rank in float32 is left as it is. Gradients of ranks are summed, in float32. With
+    `options.replicate` above 1 the weights are sharded within as many groups of ranks (HSDP).
+    Weights that are DTensors already are left alone.
+
+    Raises:
+        UsageError: ranks that the groups do not divide, or offloading on a CPU.
     """
-    if world.size == 1 and dtype == torch.float32:
+    if world.size % options.replicate:
+        raise UsageError(
+            f"--replicate: expected a divisor of the number of ranks, {world.size}, "
+            f"got {options.replicate}"
+        )
+    if options.cpu_offload and world.device.type == "cpu":
+        raise UsageError("--cpu-offload: expected a GPU to offload from, got a run on the CPU")
+    if world.size == 1 and dtype == torch.float32 and not options.cpu_offload:
         return
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = _mesh(world, options.replicate)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy()
+    placed: set[nn.Parameter] = {
+        weight for weight in root.parameters() if isinstance(weight, DTensor)
+    }
     for module in (*layers, root):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+        sharded = fully_shard(
+            module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=placed
+        )
         sharded.set_gradient_divide_factor(1.0)
         # gloo has neither an average nor a scaled sum.
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(world: World, replicate: int) -> DeviceMesh:
+    shape, names = (world.size // replicate,), ("shard",)
+    if replicate == 1:
+        return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(
+        world.device.type, (replicate, *shape), mesh_dim_names=("replicate", *names)
+    )
+
+
+def shard_head(model: PreTrainedModel, world: World) -> VocabShard:
+    """Shards the output layer over the vocabulary, in place: each rank keeps whole rows of it.
+
+    Raises:
+        UsageError: the embedding shares the weight.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        raise UsageError(
+            "--shard-head: expected a model with an output layer of its own, got one that shares "
+            "the embedding"
+        )
+    mesh = _mesh(world, replicate=1)
+    for name, weight in list(head.named_parameters()):
+        rows = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+        setattr(head, name, nn.Parameter(rows, requires_grad=weight.requires_grad))
+    width = -(-head.weight.shape[0] // world.size)
+    bounds = [min(width * rank, head.weight.shape[0]) for rank in (world.rank, world.rank + 1)]
+    return VocabShard(mesh.get_group(), *bounds)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from trainer.checkpoints import (
 from trainer.config import TrainConfig, UsageError
 from trainer.fsdp import World, from_main_rank
 from trainer.model_loading import load_model, load_tokenizer, resolve_model
-from trainer.policy_update import Policy, make_optimizer
+from trainer.policy import Policy
+from trainer.policy_update import make_optimizer
 from trainer.problem_source import ListedProblems, ProblemSource, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
@@ -118,7 +119,7 @@ def start_run(
     )
     reference = _make_reference(config, model, checkpoint, world)
     policy = Policy(model)
-    policy.shard(world, dtype)
+    policy.shard(world, dtype, config.sharding)
     optimizer = make_optimizer(policy, config)
     if checkpoint is not None:
         restore_optimizer(checkpoint, policy, optimizer)
@@ -150,7 +151,7 @@ def _make_reference(
     if not config.loss_spec.kl_weight:
         return None
     reference = Policy(copy.deepcopy(model)).requires_grad_(False)
-    reference.shard(world, getattr(torch, config.dtype))
+    reference.shard(world, getattr(torch, config.dtype), config.sharding)
     if checkpoint is not None:
         restore_reference(checkpoint, reference)
     return reference

@@ -33,7 +33,8 @@ from trainer.fsdp import (
     start_world,
     stop_world,
 )
-from trainer.policy_update import PolicyUpdate, UpdateSample
+from trainer.packing import UpdateSample
+from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
 from trainer.rollout import Completion
 from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths

@@ -129,6 +129,8 @@ class TransformersSampler:
                 f"--model: expected attention layers only, got {', '.join(sorted(layer_types))}"
             )
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # The policy's own attention knows packed sequences only.
+        self.model.set_attn_implementation("sdpa")
         self.model.to(dtype=dtype)
         self.tokenizer = tokenizer
         self.rows_per_batch = rows_per_batch

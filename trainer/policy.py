@@ -1,0 +1,142 @@
+"""The policy: a transformers model whose logits never exist beyond a chunk of tokens.
+
+Its forward ends at the LM head: what is computed there (a loss, log-probabilities) is handed in and
+gets the hidden states and the head's weight, which is how the head stays fused and sharded.
+
+Shapes: N completion tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from kernels import VocabShard
+from trainer.attention import PACKED
+from trainer.config import ShardingOptions
+from trainer.fsdp import World, shard_head, shard_model
+from trainer.packing import PackedTokens
+
+T = TypeVar("T")
+
+
+class Policy(nn.Module):
+    """A transformers model over packed token ids, whole until `shard`.
+
+    Args:
+        model: attends to packed sequences only from here on.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        model.set_attn_implementation(PACKED)
+        self.model = model
+        self.vocab: VocabShard | None = None
+
+    def forward(
+        self,
+        tokens: PackedTokens,
+        head: Callable[[Tensor, Tensor, Tensor | None], T],
+        rows_of_ranks: Sequence[int] = (),
+    ) -> T:
+        """What `head` returns for the hidden states [N, D] before the completion tokens, and the
+        weight and bias of the output layer.
+
+        With a sharded head these are the states of all ranks in order, `rows_of_ranks` of each, and
+        this rank's rows of the weight.
+
+        Collectives: with a sharded head, an all-gather of the states.
+        """
+        hidden_1TD = self.model.get_decoder()(
+            input_ids=tokens.token_ids_T[None],
+            position_ids=tokens.packing.positions_T[None],
+            use_cache=False,
+            packing=tokens.packing,
+        ).last_hidden_state
+        hidden_ND = hidden_1TD[0].index_select(0, tokens.target_positions_N)
+        output = self.model.get_output_embeddings()
+        weight, bias = output.weight, output.bias
+        if self.vocab is not None:
+            hidden_ND = _GatherRows.apply(hidden_ND, rows_of_ranks, self.vocab.group)
+            weight = _local(weight).to(hidden_ND.dtype)
+            bias = None if bias is None else _local(bias).to(hidden_ND.dtype)
+        return head(hidden_ND, weight, bias)
+
+    def shard(self, world: World, dtype: torch.dtype, options: ShardingOptions) -> None:
+        """Shards the weights over the ranks, a decoder layer at a time; computes in `dtype`.
+
+        Raises:
+            UsageError: options that this model or this number of ranks cannot have.
+        """
+        layers = list(self.model.get_decoder().layers)
+        if options.activation_checkpointing:
+            self._enable_checkpointing({"use_reentrant": False})
+            for layer in layers:
+                # A layer recomputes itself in training mode only; its dropout stays off.
+                layer.training = True
+        if options.shard_head:
+            self.vocab = shard_head(self.model, world)
+        shard_model(self, layers, world, dtype, options)
+
+    def _enable_checkpointing(self, options: dict[str, bool]) -> None:
+        # The name until transformers 5.19, which later versions warn of.
+        old = self.model.gradient_checkpointing_enable
+        getattr(self.model, "activation_checkpointing_enable", old)(options)
+
+    def reshard(self) -> None:
+        """Frees the whole weights of the root, which only a backward would free by itself."""
+        if isinstance(self, FSDPModule):
+            FSDPModule.reshard(self)
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Hugging Face names and the weights, sharded where the policy is."""
+        return self.model.named_parameters()
+
+    @torch.no_grad()
+    def copy_weights(self, other: "Policy") -> None:
+        """Takes the weights of a policy of the same shape and sharding."""
+        for (_, mine), (_, theirs) in zip(self.weights(), other.weights(), strict=True):
+            mine.copy_(theirs)
+
+    @property
+    def softcap(self) -> float:
+        """Tanh soft cap of the final logits, 0 for none."""
+        return getattr(self.model.config, "final_logit_softcapping", None) or 0.0
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks in order; their gradient, which each rank has whole, goes back as a part.
+
+    Collectives: one all-gather in forward, none in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_nD: Tensor,
+        rows_of_ranks: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        rank, most = dist.get_rank(group), max(rows_of_ranks)
+        start = sum(rows_of_ranks[:rank])
+        ctx.own = slice(start, start + rows_of_ranks[rank])  # type: ignore[attr-defined]
+        # A collective wants parts of one size.
+        padded_mD = nn.functional.pad(hidden_nD, (0, 0, 0, most - len(hidden_nD)))
+        parts = [torch.empty_like(padded_mD) for _ in rows_of_ranks]
+        dist.all_gather(parts, padded_mD, group=group)
+        return torch.cat([part[:rows] for part, rows in zip(parts, rows_of_ranks, strict=True)])
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor
+    ) -> tuple[Tensor, None, None]:
+        return grad_ND[ctx.own], None, None  # type: ignore[attr-defined]
