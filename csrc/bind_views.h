@@ -23,8 +23,8 @@ inline LogitsView make_view(uintptr_t data, DType dtype, std::array<int64_t, 3> 
   return {data, dtype, sizes[0], sizes[1], sizes[2], strides[0], strides[1]};
 }
 
-inline RowScale make_scale(uintptr_t inv_temperature, int64_t stride, float softcap) {
-  return {pointer<const float>(inv_temperature), stride, softcap};
+inline RowScale make_scale(uintptr_t per_row, float number, float softcap) {
+  return {pointer<const float>(per_row), number, softcap};
 }
 
 inline void bind_views(pybind11::module_& module) {
@@ -37,8 +37,7 @@ inline void bind_views(pybind11::module_& module) {
       .def(py::init(&make_view), py::arg("data"), py::arg("dtype"), py::arg("sizes"),
            py::arg("strides"));
   py::class_<RowScale>(module, "RowScale", py::module_local())
-      .def(py::init(&make_scale), py::arg("inv_temperature"), py::arg("stride"),
-           py::arg("softcap"));
+      .def(py::init(&make_scale), py::arg("per_row"), py::arg("number"), py::arg("softcap"));
 }
 
 }  // namespace onepass

@@ -32,12 +32,15 @@ struct LogitsView {
   }
 };
 
-// z = inv_temperature[n * stride] * (softcap > 0 ? softcap * tanh(x / softcap) : x); stride 0 for
-// one temperature of all rows.
+// z = inv_temperature(n) * (softcap > 0 ? softcap * tanh(x / softcap) : x) for logits x of row n.
 struct RowScale {
-  const float* inv_temperature;
-  int64_t stride;
+  const float* per_row;  // null: `number` for all rows
+  float number;
   float softcap;
+
+  ONEPASS_HOST_DEVICE float inv_temperature(int64_t n) const {
+    return per_row ? per_row[n] : number;
+  }
 };
 
 }  // namespace onepass

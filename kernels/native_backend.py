@@ -57,12 +57,17 @@ def _view(native: Any, logits_OIW: Tensor) -> Any:
     return native.LogitsView(logits_OIW.data_ptr(), dtype, logits_OIW.shape, logits_OIW.stride())
 
 
-def _temperatures(inv_temperature: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(inv_temperature, dtype=torch.float32, device=device).contiguous()
+def _float32(inv_temperature: Tensor | float) -> Tensor | float:
+    if isinstance(inv_temperature, Tensor):
+        return inv_temperature.to(torch.float32).contiguous()
+    return inv_temperature
 
 
-def _row_scale(native: Any, inv_temperature: Tensor, softcap: float) -> Any:
-    return native.RowScale(inv_temperature.data_ptr(), inv_temperature.dim(), softcap)
+def _row_scale(native: Any, inv_temperature: Tensor | float, softcap: float) -> Any:
+    """Takes the address of a tensor, which the caller keeps alive."""
+    if isinstance(inv_temperature, Tensor):
+        return native.RowScale(inv_temperature.data_ptr(), 1.0, softcap)
+    return native.RowScale(0, inv_temperature, softcap)
 
 
 def row_stats(
@@ -71,12 +76,12 @@ def row_stats(
     """Row maximum, sum of exp, weighted sum and target logit, float32 [4, N]; see `reference`."""
     native = _native()
     token_ids_N = token_ids_N.contiguous()
-    scale = _temperatures(inv_temperature, logits_OIW.device)
+    inv_temperature = _float32(inv_temperature)
     stats_4N = torch.empty(4, len(token_ids_N), dtype=torch.float32)
     native.row_stats(
         _view(native, logits_OIW),
         token_ids_N.data_ptr(),
-        _row_scale(native, scale, softcap),
+        _row_scale(native, inv_temperature, softcap),
         stats_4N.data_ptr(),
         torch.get_num_threads(),
     )
@@ -91,12 +96,12 @@ def row_stats_cuda(
         raise RuntimeError(_CUDA)
     device = logits_OIW.device
     token_ids_N = token_ids_N.contiguous()
-    scale = _temperatures(inv_temperature, device)
+    inv_temperature = _float32(inv_temperature)
     stats_4N = torch.empty(4, len(token_ids_N), dtype=torch.float32, device=device)
     _CUDA.row_stats(
         _view(_CUDA, logits_OIW),
         token_ids_N.data_ptr(),
-        _row_scale(_CUDA, scale, softcap),
+        _row_scale(_CUDA, inv_temperature, softcap),
         stats_4N.data_ptr(),
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
@@ -119,7 +124,7 @@ def grad_logits(
     """Writes the gradient of the logits to `out_OIW`, which may be the logits; see `reference`."""
     native = _native()
     token_ids_N = token_ids_N.contiguous()
-    scale = _temperatures(inv_temperature, logits_OIW.device)
+    inv_temperature = _float32(inv_temperature)
     inputs = [
         values_N.to(torch.float32).contiguous()
         for values_N in (row_max_N, log_sum_N, entropy_N, coef_logprob_N, coef_entropy_N)
@@ -127,7 +132,7 @@ def grad_logits(
     native.grad_logits(
         _view(native, logits_OIW),
         token_ids_N.data_ptr(),
-        _row_scale(native, scale, softcap),
+        _row_scale(native, inv_temperature, softcap),
         *(values_N.data_ptr() for values_N in inputs),
         _view(native, out_OIW),
         torch.get_num_threads(),
@@ -197,7 +202,7 @@ def policy_loss(
     assert native.NUM_POLICY_METRICS == len(METRIC_NAMES)
     num_tokens = len(batch.token_ids_N)
     token_ids_N, offsets = batch.token_ids_N.contiguous(), batch.offsets.contiguous()
-    scale = _temperatures(inv_temperature, logits_OIW.device)
+    inv_temperature = _float32(inv_temperature)
     old, ref, sampler, advantages, rewards = (
         _float64(values)
         for values in (
@@ -214,7 +219,7 @@ def policy_loss(
     metrics = torch.empty(len(METRIC_NAMES), dtype=torch.float32)
     native.policy_loss(
         _view(native, logits_OIW),
-        _row_scale(native, scale, softcap),
+        _row_scale(native, inv_temperature, softcap),
         _native_spec(spec),
         token_ids=token_ids_N.data_ptr(),
         offsets=offsets.data_ptr(),

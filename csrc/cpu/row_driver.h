@@ -17,8 +17,12 @@ const RowKernels& row_kernels();
 
 inline Row row_of(const LogitsView& logits, const RowScale& scale, int64_t n, int64_t target,
                   int64_t next) {
-  return {logits.row(n), logits.width, scale.inv_temperature[n * scale.stride],
-          scale.softcap, target,       next < 0 ? nullptr : logits.row(next)};
+  return {logits.row(n),
+          logits.width,
+          scale.inv_temperature(n),
+          scale.softcap,
+          target,
+          next < 0 ? nullptr : logits.row(next)};
 }
 
 inline float read_column(const LogitsView& view, int64_t n, int64_t column) {

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreadsPerRow)
     float target = 0.0f;
     if (id != kIgnoredId) {
       const Element* row = reinterpret_cast<const Element*>(logits.row(n));
-      const float inv_temperature = scale.inv_temperature[n * scale.stride];
+      const float inv_temperature = scale.inv_temperature(n);
       joined = block_stats(
           thread_stats<Element, kAligned>(row, logits.width, id, inv_temperature, scale.softcap));
       if (isnan(joined.sum)) joined.max = NAN;
