@@ -128,6 +128,7 @@ def checked_head(
         backend=select_backend(backend, hidden.device, compute),
         compute_dtype=compute,
         operand_dtype=product_dtype if hidden.is_cuda else compute,
+        compact=not hidden.is_cuda,
     )
 
 

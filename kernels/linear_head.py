@@ -3,7 +3,12 @@
 Logits [n, W] are float32 (float64 for float64 hidden states) from the product to the loss, and so
 is the sum over chunks that becomes the weight gradient. On a CPU all products are float32: a weight
 of lower precision is converted a block of rows at a time, since a whole copy would take as much
-memory as its gradient. On a GPU products take the operands as they are and sum in float32.
+memory as its gradient. On a GPU products take the operands as they are and sum in float32; the
+gradient of the logits is rounded once, to the dtype of the operands, before the last two.
+
+A CPU leaves rows without a gradient out of those two. A GPU multiplies them too: to know how many
+there are the host would have to wait for it, and `torch.nn.functional.grouped_mm`, which takes the
+number from the device, returns bfloat16 only, so that chunks could not be summed in float32.
 
 Shapes: n tokens of a chunk, k of them with a gradient, D model width, W this rank's rows of the
 LM-head weight. Legend of the others: `reference.py`.
@@ -21,9 +26,12 @@ from kernels.backends import load_backend
 from kernels.passes import finish_stats
 from kernels.sharding import VocabShard, merge_row_stats
 
-# Bytes of one chunk of logits. On a GPU some 4096 tokens are wanted, so that reading and writing
-# the float32 weight gradient hides behind the products (calculated, not measured).
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2560 << 20}
+# Bytes of one chunk of logits. On a GPU at least 4096 tokens are wanted up to a vocabulary of 2^18,
+# so that reading and writing the float32 weight gradient hides behind the products (calculated, not
+# measured).
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+# Of a vocabulary shard on a GPU: what ranks cannot disagree about, without asking one another.
+SHARDED_CHUNK_TOKENS = 4096
 # Bytes of the weight that are converted at a time: enough rows for a fast product, few enough to
 # stay in the cache until it reads them.
 BLOCK_BYTES = 8 << 20
@@ -49,6 +57,8 @@ class HeadSettings:
     """Of the logits and of all sums."""
     operand_dtype: torch.dtype
     """Of what the products multiply."""
+    compact: bool
+    """Whether tokens without a gradient leave the products; the host has to wait to know them."""
 
     def of_tokens(self, rows: slice | Tensor) -> "HeadSettings":
         """The settings of some of the tokens."""
@@ -71,10 +81,12 @@ class Chunk:
 def default_chunk_tokens(num_tokens: int, weight_WD: Tensor, settings: HeadSettings) -> int:
     """Tokens a chunk, so that its logits fit the byte budget of the device and chunks are even.
 
-    Collectives: with a vocabulary shard, all_reduce(max) of one integer. Shards may be uneven, and
-    their ranks have to cut the tokens alike.
+    Collectives: with a vocabulary shard on a CPU, all_reduce(max) of one integer. Shards may be
+    uneven, and their ranks have to cut the tokens alike.
     """
     width = len(weight_WD)
+    if settings.vocab is not None and not settings.compact:
+        return even_share(num_tokens, SHARDED_CHUNK_TOKENS)
     if settings.vocab is not None:
         widest = torch.tensor(settings.vocab.width, device=weight_WD.device)
         dist.all_reduce(widest, dist.ReduceOp.MAX, group=settings.vocab.group)
@@ -82,6 +94,16 @@ def default_chunk_tokens(num_tokens: int, weight_WD: Tensor, settings: HeadSetti
     budget = CHUNK_BYTES.get(weight_WD.device.type, CHUNK_BYTES["cuda"])
     most = max(1, budget // (settings.compute_dtype.itemsize * width))
     return even_share(num_tokens, most)
+
+
+def wide_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right, float32 from operands of lower precision (GPU only)."""
+    torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def add_wide_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, as `wide_product`."""
+    torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def unscaled_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -130,7 +152,6 @@ class Head:
         self.low_precision = settings.operand_dtype != settings.compute_dtype
         if self.low_precision:
             self.weight_WD = self.weight_WD.to(settings.operand_dtype)
-            max_tokens = 0
         self.buffer_NW = weight_WD.new_empty(
             whole_tiles(max_tokens), width, dtype=settings.compute_dtype
         )
@@ -146,13 +167,11 @@ class Head:
 
     def logits(self, chunk: Chunk) -> Tensor:
         """Logits [n, W] of a chunk, valid until the next call."""
-        hidden_nD = chunk.hidden_nD
         if self.low_precision:
-            logits_nW = torch.mm(
-                hidden_nD, self.weight_WD.t(), out_dtype=self.settings.compute_dtype
-            )
+            logits_nW = self.buffer_NW[: len(chunk.hidden_nD)]
+            wide_product(chunk.hidden_nD, self.weight_WD.t(), logits_nW)
         else:
-            logits_nW = self._product(hidden_nD)
+            logits_nW = self._product(chunk.hidden_nD)
         if self.bias_W is not None:
             logits_nW += self.bias_W
         return logits_nW
@@ -179,19 +198,29 @@ class Head:
 
 
 class Gradients:
-    """Gradients by hidden states, weight and bias; None where not wanted."""
+    """Gradients by hidden states, weight and bias; None where not wanted.
+
+    `unit`, 0-d, is of the size of the coefficients to come. Gradients of the logits that products
+    take in float16 are kept in multiples of it, since most are too small for that dtype.
+    """
 
     def __init__(
-        self, head: Head, inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...]
+        self,
+        head: Head,
+        inputs: tuple[Tensor, Tensor, Tensor | None],
+        wanted: tuple[bool, ...],
+        unit: Tensor,
     ) -> None:
         hidden_ND, weight_WD, bias_W = inputs
-        dtype = head.settings.compute_dtype
+        settings = head.settings
+        dtype = settings.compute_dtype
         self.head = head
+        self.unit = unit if settings.operand_dtype == torch.float16 else None
         self.input_dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         self.hidden_ND, self.weight_WD, self.bias_W = None, None, None
         if wanted[0]:
             # The parts of vocabulary shards are summed once more, hence not rounded yet.
-            sharded = head.settings.vocab is not None
+            sharded = settings.vocab is not None
             self.hidden_ND = hidden_ND.new_zeros(
                 hidden_ND.shape, dtype=dtype if sharded else unscaled_dtype(hidden_ND.dtype)
             )
@@ -199,6 +228,9 @@ class Gradients:
             self.weight_WD = weight_WD.new_zeros(weight_WD.shape, dtype=dtype)
         if wanted[2] and bias_W is not None:
             self.bias_W = torch.zeros_like(bias_W, dtype=dtype)
+        self.rounded_NW: Tensor | None = None
+        if head.low_precision:
+            self.rounded_NW = torch.empty_like(head.buffer_NW, dtype=settings.operand_dtype)
 
     def add(
         self,
@@ -207,16 +239,18 @@ class Gradients:
         statistics: tuple[Tensor, Tensor, Tensor],
         coefficients: tuple[Tensor, Tensor],
     ) -> None:
-        """Turns the logits of a chunk into their gradient, in place, and multiplies it out.
+        """Computes the gradient of the logits of a chunk, which it may overwrite, and multiplies
+        it out.
 
         `statistics` are row maximum, log-sum and entropy; `coefficients` the derivatives of the
-        loss by log-prob and entropy, each [n]. Tokens whose coefficients are both zero take no part
-        in the products.
+        loss by log-prob and entropy, each [n].
         """
+        if self.unit is not None:
+            coefficients = coefficients[0] / self.unit, coefficients[1] / self.unit
         per_token = [*statistics, *(values_n.to(logits_nW.dtype) for values_n in coefficients)]
         rows: slice | Tensor = chunk.tokens
         kept_n = (per_token[3] != 0) | (per_token[4] != 0)
-        if not bool(kept_n.all()):
+        if chunk.settings.compact and not bool(kept_n.all()):
             order_k = kept_first(kept_n, logits_nW)
             logits_nW = logits_nW[: len(order_k)]
             per_token = [values_n[order_k] for values_n in per_token]
@@ -228,34 +262,34 @@ class Gradients:
                 settings=chunk.settings.of_tokens(order_k),
             )
         settings = chunk.settings
+        out_nW = logits_nW if self.rounded_NW is None else self.rounded_NW[: len(logits_nW)]
         load_backend(settings.backend).grad_logits(
             logits_nW[None],
             chunk.token_ids_n,
             settings.inv_temperature,
             settings.softcap,
             *per_token,
-            logits_nW[None],
+            out_nW[None],
         )
-        self._multiply(logits_nW, chunk.hidden_nD, rows)
+        self._multiply(out_nW, chunk.hidden_nD, rows)
 
     def _multiply(self, grad_logits_nW: Tensor, hidden_nD: Tensor, rows: slice | Tensor) -> None:
         weight_WD, dtype = self.head.weight_WD, self.head.settings.compute_dtype
         width = len(weight_WD)
-        if self.bias_W is not None:
-            self.bias_W[:width] += grad_logits_nW.sum(dim=0)
-        grad_logits_nW = grad_logits_nW.to(hidden_nD.dtype)
         low_precision = self.head.low_precision
+        if self.bias_W is not None:
+            self.bias_W[:width] += grad_logits_nW.sum(dim=0, dtype=dtype)
         if self.hidden_ND is not None:
+            part_nD = torch.zeros_like(hidden_nD, dtype=dtype)
             if low_precision:
-                part_nD = torch.mm(grad_logits_nW, weight_WD, out_dtype=dtype)
+                wide_product(grad_logits_nW, weight_WD, part_nD)
             else:
-                part_nD = torch.zeros_like(hidden_nD)
                 for columns, block_bD in weight_blocks(weight_WD, dtype):
                     part_nD.addmm_(grad_logits_nW[:, columns], block_bD)
             self.hidden_ND[rows] = part_nD.to(self.hidden_ND.dtype)
         if self.weight_WD is not None:
             if low_precision:
-                self.weight_WD[:width] += torch.mm(grad_logits_nW.t(), hidden_nD, out_dtype=dtype)
+                add_wide_product(self.weight_WD[:width], grad_logits_nW.t(), hidden_nD)
             else:
                 self.weight_WD[:width].addmm_(grad_logits_nW.t(), hidden_nD)
 
@@ -268,14 +302,27 @@ class Gradients:
         vocab = self.head.settings.vocab
         # Rounding the weight gradient to a lower precision takes memory of its own.
         self.head.free()
+        self.rounded_NW = None
         if self.hidden_ND is not None and vocab is not None:
             dist.all_reduce(self.hidden_ND, group=vocab.group)
-        return [
-            None if grad is None or dtype is None else grad.to(unscaled_dtype(dtype))
-            for grad, dtype in zip(
-                (self.hidden_ND, self.weight_WD, self.bias_W), self.input_dtypes, strict=True
-            )
-        ]
+        results: list[Tensor | None] = []
+        for grad, input_dtype in zip(
+            (self.hidden_ND, self.weight_WD, self.bias_W), self.input_dtypes, strict=True
+        ):
+            if grad is not None and self.unit is not None:
+                grad *= self.unit
+            if grad is not None and input_dtype is not None:
+                grad = grad.to(unscaled_dtype(input_dtype))
+            results.append(grad)
+        return results
+
+
+def power_of_two_below(values_N: Tensor) -> Tensor:
+    """The power of two at or below the largest of some sizes, 0-d; 1 where that is 0 or not
+    finite."""
+    largest = torch.cat([values_N, values_N.new_zeros(1)]).amax()
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, largest, 1.0).log2().floor().exp2()
 
 
 def kept_first(kept_n: Tensor, logits_nW: Tensor) -> Tensor:

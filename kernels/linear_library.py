@@ -173,7 +173,13 @@ def linear_policy_loss(
     )
     with without_autocast(hidden.device):
         gradients, (loss, logprobs_N, entropy_N, metrics) = linear.policy_loss_and_gradients(
-            call.inputs, call.settings, batch, spec, call.chunk_tokens, tuple(wanted)
+            call.inputs,
+            call.settings,
+            batch,
+            spec,
+            call.chunk_tokens,
+            tuple(wanted),
+            token_ids.shape[1] if token_ids.dim() == 2 else None,
         )
     logprobs, entropy = logprobs_N.view(token_ids.shape), entropy_N.view(token_ids.shape)
     return loss, logprobs, entropy, metrics, *given_gradients(hidden, gradients)

@@ -127,7 +127,7 @@ def slice_terms(terms: TokenTerms, start: int, stop: int, sequences: slice | Non
         return None if values_N is None else values_N[start:stop]
 
     if sequences is None:
-        offsets = terms.offsets.new_tensor([0, stop - start])
+        offsets = torch.arange(2, device=terms.offsets.device) * (stop - start)
         sequence_N = torch.zeros_like(terms.sequence_N[start:stop])
     else:
         offsets = terms.offsets[sequences.start : sequences.stop + 1] - start
