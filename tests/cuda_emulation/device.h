@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "scheduler.h"
+#include "bulk_copies.h"
 
 #define __CUDA_ARCH__ 900
 #define __global__
@@ -34,7 +34,7 @@ constexpr int warpSize = emulation::kWarpSize;
 
 inline void __syncthreads() {
   emulation::Block& block = *emulation::current->block;
-  emulation::meet(block.barriers[0], emulation::launch_shape().block.count(), "__syncthreads");
+  emulation::meet(block.barrier, emulation::launch_shape().block.count(), "__syncthreads");
 }
 
 namespace emulation {
@@ -118,18 +118,6 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == mask;
 }
-inline int __syncthreads_or(int predicate) {
-  emulation::Block& block = *emulation::current->block;
-  static thread_local int any;
-  __syncthreads();
-  if (emulation::current->rank == 0) any = 0;
-  __syncthreads();
-  any |= predicate != 0;
-  __syncthreads();
-  (void)block;
-  return any;
-}
-
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { emulation::yield("__nanosleep"); }

@@ -1,8 +1,7 @@
-"""Builds csrc/cuda for the CPU: every kernel runs, thread by thread, under a seeded scheduler.
+"""Builds CUDA sources for the CPU: kernels run thread by thread under a seeded scheduler.
 
-The CUDA sources are compiled as they are by the C++ compiler, except `primitives.h`, the one header
-with hardware instructions, which the emulation replaces. The result is the module `kernels._cuda`
-with CPU addresses.
+Sources are compiled as they are by the C++ compiler, except csrc/cuda/primitives.h, the one header
+with hardware instructions, which the emulation replaces.
 """
 
 import ctypes
@@ -11,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ import pybind11
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
-# Like nvcc, which rounds each product unless told otherwise by hand, and with stacks that longjmp
-# may leave.
+# As nvcc has it, products are rounded unless fused by hand. Fortified longjmp refuses to change
+# stacks.
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -36,60 +36,69 @@ FLAGS = [
 
 @dataclass(frozen=True, slots=True)
 class Emulator:
-    """The module and what decides how it runs."""
+    """Compiled kernels and what decides how they run."""
 
-    module: ModuleType
-    controls: ctypes.CDLL
+    library: ctypes.CDLL
+    module: ModuleType | None = None
+    """`kernels._cuda`, whose addresses are those of CPU tensors."""
 
     def seed(self, seed: int) -> None:
         """Decides the order of threads and bulk copies; 0 is the order a reader expects."""
-        self.controls.emulation_set_seed(ctypes.c_uint64(seed))
+        self.library.emulation_set_seed(ctypes.c_uint64(seed))
 
-    def device(self, major: int, minor: int = 0, *, multiprocessors: int = 2) -> None:
-        """The device that the host code sees."""
-        self.controls.emulation_set_device(major, minor, multiprocessors)
+    def device(self, major: int, *, multiprocessors: int = 2) -> None:
+        """The compute capability and the size of the device that host code sees."""
+        self.library.emulation_set_device(major, 0, multiprocessors)
 
 
 def compiler() -> str | None:
-    """The C++ compiler that setup.py would take."""
-    named = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    return shutil.which(named) or shutil.which("c++")
+    """The C++ compiler that setup.py takes."""
+    named = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    return shutil.which(named.split()[0])
 
 
-def build(folder: Path) -> Emulator:
-    """Compiles csrc/cuda into `folder`.
+def run(command: list[str]) -> None:
+    """Raises RuntimeError with the compiler's message where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
 
-    Raises:
-        RuntimeError: a source does not compile; the message is the compiler's.
-    """
+
+def link(sources: Iterable[Path], library: Path) -> None:
+    """Compiles sources and the emulation into a shared library, objects beside it."""
     found = compiler()
     assert found is not None
-    sources = folder / "csrc"
-    shutil.copytree(SOURCES, sources)
-    for header in ("primitives.h",):
-        shutil.copy(HERE / header, sources / "cuda" / header)
-    include = [f"-I{HERE / 'include'}", f"-I{pybind11.get_include()}"]
-    include += [f"-I{sysconfig.get_paths()['include']}", f"-I{HERE}"]
+    folders = [HERE / "include", HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    include = [f"-I{folder}" for folder in folders]
 
     def compiled(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        as_cpp = ["-x", "c++"] if source.suffix == ".cu" else []
-        run([found, *FLAGS, *include, *as_cpp, "-c", str(source), "-o", str(target)])
+        target = library.parent / f"{source.stem}.o"
+        run([found, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(target)])
         return str(target)
 
-    kernels = sorted((sources / "cuda").glob("*.cu")) + sorted((sources / "cuda").glob("*.cpp"))
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, [*kernels, HERE / "scheduler.cpp", HERE / "controls.cpp"]))
-    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+        objects = list(pool.map(compiled, [*sources, *sorted(HERE.glob("*.cpp"))]))
     run([found, "-shared", "-pthread", *objects, "-o", str(library)])
+
+
+def build_examples(folder: Path) -> Emulator:
+    """The kernels of examples.cu."""
+    link([HERE / "examples.cu"], folder / "examples.so")
+    library = ctypes.CDLL(str(folder / "examples.so"))
+    library.run_example.restype = ctypes.c_char_p
+    return Emulator(library)
+
+
+def build_backend(folder: Path) -> Emulator:
+    """The kernels of csrc/cuda and their bindings."""
+    sources = folder / "csrc"
+    shutil.copytree(SOURCES, sources)
+    shutil.copy(HERE / "primitives.h", sources / "cuda")
+    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    cuda = sources / "cuda"
+    link(sorted(cuda.glob("*.cu")) + sorted(cuda.glob("*.cpp")), library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Emulator(module, ctypes.CDLL(str(library)))
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+    return Emulator(ctypes.CDLL(str(library)), module)

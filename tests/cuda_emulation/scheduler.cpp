@@ -129,6 +129,7 @@ class Launch {
   }
 
   void check_end(const Block& block) const {
+    if (block.loads_under_way > 0) throw Failure("a block ended before its bulk load had arrived");
     for (const auto& fiber : block.fibers) {
       for (unsigned unread : fiber->unread_by_group) {
         if (unread > 0) throw Failure("a block ended before its bulk store had read");
@@ -297,6 +298,8 @@ class Launch {
     for (size_t i = 0; i < resident_.size(); ++i) {
       if (resident_[i] == &block) resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
     }
+    for (auto& fiber : block.fibers) fiber->stack.reset();
+    std::vector<char>().swap(block.dynamic_shared);
     if (--block.cluster->blocks_left == 0 && clusters_left_to_start_ > 0) start_cluster();
     if (!resident_.empty()) return hand_over(*choose_block(block));
     while (!copies_under_way_.empty()) move_one_copy();

@@ -64,8 +64,11 @@ struct Fiber {
   // Bulk stores: groups committed so far, and of each the copies that have not read yet.
   unsigned uncommitted = 0;
   std::vector<unsigned> unread_by_group;
+  bool waits_for_reads = false;
   uint64_t cluster_round = 0;
   bool in_cluster_barrier = false;
+  // Since the block's last barrier.
+  bool fenced = false;
 };
 
 struct Block {
@@ -76,7 +79,11 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
   unsigned unfinished = 0;
-  std::map<int, Meeting> barriers;
+  Meeting barrier;
+  // Whether all threads fenced before the barrier's last round.
+  bool all_fenced = false;
+  uint64_t noted_round = 0;
+  unsigned loads_under_way = 0;
   std::map<std::pair<unsigned, unsigned>, WarpExchange> warps;  // by warp and mask
   std::vector<char> dynamic_shared;
   char* dynamic_base = nullptr;
