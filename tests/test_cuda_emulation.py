@@ -1,7 +1,6 @@
 """The emulation that the CUDA kernels are tested with finds the faults that it is there to find."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
