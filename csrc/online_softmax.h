@@ -53,6 +53,21 @@ struct OnlineSoftmax {
   }
 };
 
+// a / b for a b that is neither tiny nor huge. A GPU's general division is a call, which costs a
+// kernel its stack; this is correct to the last bit or two without one.
+ONEPASS_HOST_DEVICE inline double quotient(double a, double b) {
+#ifdef __CUDA_ARCH__
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(b));
+  r = fma(r, fma(-b, r, 1.0), r);
+  r = fma(r, fma(-b, r, 1.0), r);
+  const double q = a * r;
+  return fma(fma(-b, q, a), r, q);
+#else
+  return a / b;
+#endif
+}
+
 // log-prob of the target, entropy, and the log of the sum of exp(z - max) over all columns.
 struct RowValues {
   double logprob;
@@ -69,7 +84,7 @@ ONEPASS_HOST_DEVICE inline RowValues row_values(const OnlineSoftmax<double>& oth
   const double sum = others.sum + e;
   const double weighted = others.weighted + (e == 0.0 ? 0.0 : shift * e);
   const double log_sum = shift == 0.0 ? log1p(others.sum) : log(sum);
-  return {shift - log_sum, log_sum - weighted / sum, log_sum};
+  return {shift - log_sum, log_sum - quotient(weighted, sum), log_sum};
 }
 
 }  // namespace onepass

@@ -126,49 +126,60 @@ struct Term {
   double slope = 0.0;
 };
 
-// log r and its derivative. Without old log-probs r = 1 with gradient kept, NaN for NaN; a token that
-// had no probability before counts as unchanged.
-ONEPASS_HOST_DEVICE inline Term log_ratio_term(double logprob, bool has_old, double old_logprob) {
+// The importance ratio of a token and the derivative of its logarithm by the log-prob.
+struct Ratio {
+  double log = 0.0;
+  double value = 1.0;
+  double log_slope = 0.0;
+};
+
+// Without old log-probs r = 1 with gradient kept, NaN for NaN; a token that had no probability before
+// counts as unchanged.
+ONEPASS_HOST_DEVICE inline Ratio importance_ratio(double logprob, bool has_old,
+                                                  double old_logprob) {
   const double before = has_old ? old_logprob : logprob;
-  if (before == -INFINITY) return {0.0, 0.0};
-  return {logprob - before, 1.0};
+  if (before == -INFINITY) return {};
+  return {logprob - before, exp(logprob - before), 1.0};
 }
 
-ONEPASS_HOST_DEVICE inline Term clip_term(double advantage, Term log_ratio, const LossSpec& spec) {
+ONEPASS_HOST_DEVICE inline Term clip_term(double advantage, const Ratio& ratio,
+                                          const LossSpec& spec) {
   const double upper = advantage > 0.0 ? fmin(1.0 + spec.clip_high, spec.ratio_cap)
                                        : fmin(spec.dual_clip, spec.ratio_cap);
   const double lower = advantage < 0.0 ? 1.0 - spec.clip_low : -INFINITY;
-  const double ratio = exp(log_ratio.value);
-  if (ratio > upper) return {-advantage * upper, 0.0};
-  if (ratio < lower) return {-advantage * lower, 0.0};
-  return {-advantage * ratio, -advantage * ratio * log_ratio.slope};
+  if (ratio.value > upper) return {-advantage * upper, 0.0};
+  if (ratio.value < lower) return {-advantage * lower, 0.0};
+  return {-advantage * ratio.value, -advantage * ratio.value * ratio.log_slope};
 }
 
-ONEPASS_HOST_DEVICE inline Term sapo_term(double advantage, Term log_ratio, const LossSpec& spec) {
+ONEPASS_HOST_DEVICE inline Term sapo_term(double advantage, const Ratio& ratio,
+                                          const LossSpec& spec) {
   // Beyond e^30 the gate is 1 to the last bit with slope 0; the bound only avoids inf * 0.
-  constexpr double kLargestLogRatio = 30.0;
+  constexpr double kLargestRatio = 1.0686474581524463e13;
   const double tau = advantage > 0.0 ? spec.sapo_temperature_pos : spec.sapo_temperature_neg;
-  const bool bounded = log_ratio.value > kLargestLogRatio;
-  const double ratio = exp(bounded ? kLargestLogRatio : log_ratio.value);
-  const double gate = 1.0 / (1.0 + exp(-tau * (ratio - 1.0)));
-  const double rest = 1.0 / (1.0 + exp(tau * (ratio - 1.0)));
-  const double slope = bounded ? 0.0 : -4.0 * advantage * gate * rest * ratio * log_ratio.slope;
-  return {-4.0 / tau * advantage * gate, slope};
+  const double scale = quotient(-4.0, tau) * advantage;
+  const bool bounded = ratio.value > kLargestRatio;
+  const double offset = (bounded ? kLargestRatio : ratio.value) - 1.0;
+  const double e = exp(-fabs(tau * offset));
+  // The logistic function of tau * offset, and of its negative.
+  const double larger = quotient(1.0, 1.0 + e), smaller = e * larger;
+  const double gate = offset < 0.0 ? smaller : larger;
+  const double slope = scale * tau * larger * smaller * ratio.value * ratio.log_slope;
+  return {scale * gate, bounded ? 0.0 : slope};
 }
 
-ONEPASS_HOST_DEVICE inline Term policy_term(double logprob, double advantage, Term log_ratio,
+ONEPASS_HOST_DEVICE inline Term policy_term(double logprob, double advantage, const Ratio& ratio,
                                             const LossSpec& spec) {
   // Also where the ratio overflows: a sample without advantage has no policy gradient.
   if (advantage == 0.0) return {};
   switch (spec.surrogate) {
     case Surrogate::kClip:
-      return clip_term(advantage, log_ratio, spec);
+      return clip_term(advantage, ratio, spec);
     case Surrogate::kSapo:
-      return sapo_term(advantage, log_ratio, spec);
+      return sapo_term(advantage, ratio, spec);
     case Surrogate::kCispo: {
-      const double ratio = exp(log_ratio.value);
       const double low = 1.0 - spec.clip_low, high = 1.0 + spec.clip_high;
-      const double weight = ratio < low ? low : ratio > high ? high : ratio;
+      const double weight = ratio.value < low ? low : ratio.value > high ? high : ratio.value;
       return {-weight * advantage * logprob, -weight * advantage};
     }
     case Surrogate::kReinforce:
@@ -177,7 +188,7 @@ ONEPASS_HOST_DEVICE inline Term policy_term(double logprob, double advantage, Te
   return {};
 }
 
-ONEPASS_HOST_DEVICE inline Term kl_term(double logprob, double ref_logprob, Term log_ratio,
+ONEPASS_HOST_DEVICE inline Term kl_term(double logprob, double ref_logprob, const Ratio& ratio,
                                         const LossSpec& spec) {
   const double u = ref_logprob - logprob;
   Term kl;
@@ -186,11 +197,11 @@ ONEPASS_HOST_DEVICE inline Term kl_term(double logprob, double ref_logprob, Term
   } else if (spec.kl == KlEstimator::kK2) {
     kl = {u * u / 2.0, -u};
   } else {
-    kl = {expm1(u) - u, -expm1(u)};
+    const double excess = expm1(u);
+    kl = {excess - u, -excess};
   }
   if (!spec.kl_ratio_weighted) return kl;
-  const double ratio = exp(log_ratio.value);
-  return {ratio * kl.value, ratio * (kl.value * log_ratio.slope + kl.slope)};
+  return {ratio.value * kl.value, ratio.value * (kl.value * ratio.log_slope + kl.slope)};
 }
 
 // What the loss of one active token depends on. Absent log-probs are marked by the flags.
@@ -235,17 +246,17 @@ ONEPASS_HOST_DEVICE inline double sampler_gap(const Token& token) {
 
 ONEPASS_HOST_DEVICE inline TokenLoss token_loss(const Token& token, const LossSpec& spec) {
   TokenLoss loss;
-  const Term log_ratio = log_ratio_term(token.logprob, token.has_old, token.old_logprob);
+  const Ratio ratio = importance_ratio(token.logprob, token.has_old, token.old_logprob);
   const double gap = sampler_gap(token);
   const double correction = sampler_weight(
       is_sequence_level(spec.sampler_correction) ? token.sequence_log_rho : gap, spec);
   Term total;
   if (correction != 0.0) {
-    const Term policy = policy_term(token.logprob, token.advantage, log_ratio, spec);
+    const Term policy = policy_term(token.logprob, token.advantage, ratio, spec);
     total = {correction * policy.value, correction * policy.slope};
   }
   if (token.has_ref) {
-    const Term kl = kl_term(token.logprob, token.ref_logprob, log_ratio, spec);
+    const Term kl = kl_term(token.logprob, token.ref_logprob, ratio, spec);
     loss.kl = kl.value;
     if (spec.kl_weight != 0.0) {
       total.value += spec.kl_weight * kl.value;
@@ -259,8 +270,8 @@ ONEPASS_HOST_DEVICE inline TokenLoss token_loss(const Token& token, const LossSp
   loss.value = token.weight * total.value;
   loss.slope_logprob = token.weight * total.slope;
   loss.entropy = token.entropy;
-  loss.log_ratio = log_ratio.value;
-  loss.ratio = exp(log_ratio.value);
+  loss.log_ratio = ratio.log;
+  loss.ratio = ratio.value;
   loss.sampler_gap = fabs(gap);
   if (spec.surrogate == Surrogate::kClip || spec.surrogate == Surrogate::kCispo) {
     loss.clipped_low = token.advantage < 0.0 && loss.ratio < 1.0 - spec.clip_low;

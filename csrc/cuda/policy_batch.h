@@ -19,11 +19,11 @@ struct Numbers {
   }
 };
 
-// What a token takes from its sequence and group; the first kernel of a call writes it.
+// What a token takes from its sequence, its group and the batch; written before the logits are read.
 struct TokenTerms {
   double advantage;
-  double log_rho;         // summed over the sequence; 0 without old and sampler log-probs
-  int64_t active_length;  // of the sequence
+  double weight;   // of its loss in the total
+  double log_rho;  // summed over its sequence; 0 without old and sampler log-probs
 };
 
 // All on the device; a call with rewards has no advantages and the other way round.
@@ -71,22 +71,14 @@ struct PolicyResults {
   TokenRecord* records;  // scratch of the call
 };
 
-ONEPASS_HOST_DEVICE inline double token_count(const PolicyInputs& inputs, const LossSpec& spec) {
-  if (inputs.denominator) return *inputs.denominator;
-  const double count = spec.aggregation == Aggregation::kTokenMean
-                           ? static_cast<double>(*inputs.num_active)
-                           : static_cast<double>(inputs.num_sequences);
-  return fmax(count, 1.0);
-}
-
-ONEPASS_HOST_DEVICE inline Token token(const PolicyInputs& inputs, const LossSpec& spec, int64_t n,
-                                       float logprob, float entropy) {
+ONEPASS_HOST_DEVICE inline Token token(const PolicyInputs& inputs, int64_t n, float logprob,
+                                       float entropy) {
   const TokenTerms& terms = inputs.terms[n];
   Token token;
   token.logprob = logprob;
   token.entropy = entropy;
   token.advantage = terms.advantage;
-  token.weight = aggregation_weight(spec, terms.active_length, token_count(inputs, spec));
+  token.weight = terms.weight;
   token.has_old = inputs.old_logprobs.given();
   token.has_ref = inputs.ref_logprobs.given();
   token.has_sampler = inputs.sampler_logprobs.given();

@@ -18,6 +18,8 @@ struct alignas(16) Pack {
 // --- Threads ---
 
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x / 32u); }
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x % 32u); }
 __device__ inline int block_index() { return static_cast<int>(blockIdx.x); }
 __device__ inline int block_count() { return static_cast<int>(gridDim.x); }
 
@@ -132,19 +134,7 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Writes where `shared` lies in the shared memory of block `rank` of the cluster.
-__device__ inline void store_to_block(Pack* shared, int rank, Pack pack) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.b32 [remote], {%2, %3, %4, %5};\n"
-      "}" ::"r"(shared_address(shared)),
-      "r"(rank), "r"(pack.word[0]), "r"(pack.word[1]), "r"(pack.word[2]), "r"(pack.word[3])
-      : "memory");
-}
-
-// A barrier in shared memory that bulk loads complete. Phases alternate between parity 0 and 1.
+// A barrier in shared memory that bulk loads and sends complete. Its phases have parity 0, 1, 0...
 using Barrier = uint64_t;
 
 // By one thread; publish_barriers and a sync come before any other thread uses it.
@@ -159,7 +149,7 @@ __device__ inline void publish_barriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Arrives, and has the phase wait for that many bytes of bulk loads, which may be none.
+// Arrives, and has the phase wait for that many bytes, which may be none or have come already.
 __device__ inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
@@ -167,7 +157,7 @@ __device__ inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
                : "memory");
 }
 
-// Returns once the phase of that parity is over; what its bulk loads wrote is then seen.
+// Returns once the phase of that parity is over; what arrived in it is then seen.
 __device__ inline void barrier_wait(Barrier* barrier, int parity) {
   uint32_t done = 0;
   while (!done) {
@@ -181,6 +171,22 @@ __device__ inline void barrier_wait(Barrier* barrier, int parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   }
+}
+
+// Writes where `shared` lies in the shared memory of block `rank` of the cluster, and counts 16 bytes
+// on the barrier that lies where `barrier` does.
+__device__ inline void send_to_block(Pack* shared, int rank, const Pack& pack, Barrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, counting;\n"
+      "mapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 counting, %1, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%2, %3, %4, %5}, "
+      "[counting];\n"
+      "}" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(pack.word[0]), "r"(pack.word[1]), "r"(pack.word[2]),
+      "r"(pack.word[3]), "r"(rank)
+      : "memory");
 }
 
 // Addresses and sizes of bulk copies are multiples of 16.

@@ -22,11 +22,15 @@ constexpr int kBlocksPerMultiprocessor = 3;
 
 // The start of a block's shared memory; its slot follows.
 struct Scratch {
-  Entry entries[kMaxEntries];
+  Sums of_warps[kWarps];
+  // Of two rows in turn: a block that is ahead sends those of its next row.
+  Sums of_blocks[2][kMaxParts];
+  float target;
   RowGrad grad;
+  Barrier exchanged[2];
   Barrier arrived[kMaxChunks];
 };
-constexpr int kScratchBytes = 704;
+constexpr int kScratchBytes = 512;
 static_assert(sizeof(Scratch) <= kScratchBytes, "three blocks of 76032 bytes a row share 228 KiB");
 
 #if ONEPASS_HAS_CLUSTERS
@@ -63,7 +67,7 @@ __device__ inline Slice slice_of(const Rows& rows, const LogitsView& grad, int n
 template <class Bits, class Copy>
 __device__ void for_loose_elements(const Slice& slice, int begin, int end, const Copy& copy) {
   constexpr int kMost = kPackBytes / sizeof(Bits);
-  const int lane = thread_index() % kWarpSize;
+  const int lane = lane_index();
   if (lane >= 2 * kMost) return;
   const bool before = lane < kMost;
   const int first = before ? slice.lead : slice.inner_end();
@@ -79,20 +83,14 @@ struct Slot {
   Barrier* arrived;
   int num_chunks;
 
-  __device__ void init() {
-    if (thread_index() == 0) {
-#pragma unroll 1
-      for (int k = 0; k < num_chunks; ++k) barrier_init(&arrived[k], 1);
-      publish_barriers();
-    }
-  }
-
   // Every chunk of every row is loaded, empty or not, so that all barriers keep the same parity.
   __device__ void load_chunk(const Slice& slice, int chunk) const {
     const int begin = chunk * kTileBytes, end = begin + kTileBytes;
     for_loose_elements<Bits>(slice, begin, end, [&](int at) {
       *reinterpret_cast<Bits*>(bytes + at) =
           *reinterpret_cast<const Bits*>(slice.from + (at - slice.lead));
+      // The next row may have a bulk load here.
+      fence_before_bulk();
     });
     warp_sync();
     if (thread_index() != 0) return;
@@ -136,9 +134,9 @@ __device__ inline Pack load_unaligned(const char* from) {
 }
 
 template <DType kType, class Scaling, class Bits>
-__device__ ThreadSums sums_of(const Slot<Bits>& slot, const Slice& slice, const Part& part,
+__device__ Sums sums_of(const Slot<Bits>& slot, const Slice& slice, const Part& part,
                               const Scaling& scaling, int parity) {
-  ThreadSums sums;
+  Sums sums;
   const char* row = slot.bytes + slice.lead;
   for (int tile = 0; tile < slot.num_chunks; ++tile) {
     barrier_wait(&slot.arrived[tile], parity);
@@ -175,7 +173,7 @@ __device__ void chunk_to_gradient(char* bytes, const Slice& slice, int chunk, co
 // Columns of a row that get no gradient.
 template <class Bits>
 __device__ void write_zeros(const Slice& slice) {
-  if (thread_index() < kWarpSize) {
+  if (warp_index() == 0) {
     for_loose_elements<Bits>(slice, 0, slice.end, [&](int at) {
       *reinterpret_cast<Bits*>(slice.to + (at - slice.lead)) = 0;
     });
@@ -199,29 +197,28 @@ class ResidentBlock {
         part_(cluster_rank()) {}
 
   __device__ void run() {
-    slot_.init();
-    // Pairs with the wait before the first row's entries: no block writes into one that has not
-    // started.
+    if (thread_index() == 0) init_barriers();
+    // No block sends to one that has not set up its barriers.
     cluster_arrive();
-    // The barriers have been set up.
-    block_sync();
+    cluster_wait();
     const int stride = block_count() / rows_.parts;
     int n = skip_ignored(block_index() / rows_.parts, stride);
     if (n < rows_.count && is_first_warp()) slot_.load(slice(n));
-    for (int parity = 0; n < rows_.count; parity ^= 1) {
+    for (int turn = 0; n < rows_.count; ++turn) {
       const int next = skip_ignored(n + stride, stride);
-      finish_row(n, next, parity);
+      finish_row(n, next, turn);
       n = next;
     }
+    // Its shared memory outlives every bulk store that reads it, and the block every send to it.
     if (thread_index() == 0) bulk_wait_read<0>();
-    // No block leaves while another may still read or write its entries.
+    cluster_arrive();
     cluster_wait();
   }
 
  private:
   using Bits = typename Elements<kType>::Bits;
 
-  __device__ static bool is_first_warp() { return thread_index() < kWarpSize; }
+  __device__ static bool is_first_warp() { return warp_index() == 0; }
 
   __device__ Slice slice(int n) const { return slice_of(rows_, task_.gradient(), n, part_); }
 
@@ -234,66 +231,85 @@ class ResidentBlock {
     return n;
   }
 
-  __device__ void finish_row(int n, int next, int parity) {
-    const Scaling scaling(rows_.scale.inv_temperature(n), rows_.scale.softcap);
-    const Slice current = slice(n);
-    const int target_column = rows_.target_in(part_, n);
-    // Before the row's gradient may overwrite it.
-    const float target = is_first_warp() ? target_logit<kType>(rows_, n) : 0.0f;
-    const ThreadSums sums = sums_of<kType>(
-        slot_, current, Part{rows_.columns_of(part_), target_column}, scaling, parity);
-    exchange(join_warp<kType>(sums));
-    const bool has_next = next < rows_.count;
+  __device__ void init_barriers() const {
+    barrier_init(&scratch_->exchanged[0], 1);
+    barrier_init(&scratch_->exchanged[1], 1);
+#pragma unroll 1
+    for (int k = 0; k < slot_.num_chunks; ++k) barrier_init(&slot_.arrived[k], 1);
+    publish_barriers();
+  }
+
+  __device__ Scaling scaling(int n) const {
+    return Scaling(rows_.scale.inv_temperature(n), rows_.scale.softcap);
+  }
+
+  __device__ void finish_row(int n, int next, int turn) {
+    sum_row(n, turn);
+    block_sync();
     const bool only_reads = !task_.writes_gradient();
-    if (only_reads && has_next && is_first_warp()) slot_.load(slice(next));
     if (is_first_warp()) {
-      const OnlineSoftmax<double> others = join_entries(scratch_->entries, rows_.parts * kWarps);
-      const bool writer = thread_index() == 0;
-      const RowGrad grad =
-          task_.finish(n, others, target_of(target, scaling), scaling.inv_temperature,
-                       part_ == 0 && writer);
-      if (writer) scratch_->grad = grad;
+      send(join(scratch_->of_warps, kWarps), turn);
+      if (only_reads && next < rows_.count) slot_.load(slice(next));
+      const RowGrad grad = row_loss(n, receive(turn));
+      if (thread_index() == 0) scratch_->grad = grad;
     }
-    // Pairs with the wait before the next row's entries.
-    cluster_arrive();
     block_sync();
     if (only_reads) return;
     const RowGrad grad = scratch_->grad;
     if (grad.is_zero) {
-      write_zeros<Bits>(current);
-      if (has_next && is_first_warp()) slot_.load(slice(next));
+      write_zeros<Bits>(slice(n));
+      if (next < rows_.count && is_first_warp()) slot_.load(slice(next));
     } else if (grad.entropy_scale != 0.0f) {
-      write_gradient<true>(current, grad, scaling, target_column, next);
+      write_gradient<true>(n, grad, next);
     } else {
-      write_gradient<false>(current, grad, scaling, target_column, next);
+      write_gradient<false>(n, grad, next);
     }
   }
 
-  // Hands this warp's entry to every block of the cluster and waits for theirs.
-  __device__ void exchange(const Entry& entry) {
-    cluster_wait();
-    const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-    if (lane < rows_.parts) {
-      Pack* to = reinterpret_cast<Pack*>(&scratch_->entries[part_ * kWarps + warp]);
-      store_to_block(to, lane,
-                     {{as_bits(entry.max), as_bits(entry.sum), as_bits(entry.weighted), 0}});
-    }
-    // Bulk loads may soon overwrite what this thread has read.
-    fence_before_bulk();
-    cluster_arrive();
-    cluster_wait();
+  __device__ void sum_row(int n, int turn) const {
+    // Before the row's gradient may overwrite it.
+    if (thread_index() == 0) scratch_->target = target_logit<kType>(rows_, n);
+    const Part part = {rows_.columns_of(part_), rows_.target_in(part_, n)};
+    const Sums sums = join_lanes(sums_of<kType>(slot_, slice(n), part, scaling(n), turn % 2));
+    if (lane_index() == 0) scratch_->of_warps[warp_index()] = sums;
+  }
+
+  __device__ RowGrad row_loss(int n, const Sums& others) const {
+    const Scaling scaling = this->scaling(n);
+    return task_.finish(n, others, target_of(scratch_->target, scaling), scaling.inv_temperature,
+                        thread_index() == 0 && part_ == 0);
+  }
+
+  // Hands the sums of this block to all blocks of the cluster. That the buffer is free follows from
+  // the sums of the row between, which a block sends after it has joined those of the row before.
+  __device__ void send(const Sums& sums, int turn) const {
+    Barrier* exchanged = &scratch_->exchanged[turn % 2];
+    const int lane = lane_index();
+    if (lane == 0) barrier_arrive_expecting(exchanged, rows_.parts * int{sizeof(Sums)});
+    if (lane >= rows_.parts) return;
+    Pack* to = reinterpret_cast<Pack*>(&scratch_->of_blocks[turn % 2][part_]);
+    send_to_block(to, lane, {{as_bits(sums.max), as_bits(sums.sum), as_bits(sums.weighted), 0}},
+                  exchanged);
+  }
+
+  // The sums of the whole row.
+  __device__ Sums receive(int turn) const {
+    barrier_wait(&scratch_->exchanged[turn % 2], turn / 2 % 2);
+    return join(scratch_->of_blocks[turn % 2], rows_.parts);
   }
 
   // Stores the gradient chunk by chunk and loads the next row behind it.
   template <bool kEntropy>
-  __device__ void write_gradient(const Slice& current, const RowGrad& grad, const Scaling& scaling,
-                                 int target_column, int next) {
+  __device__ void write_gradient(int n, const RowGrad& grad, int next) const {
     const bool loads = next < rows_.count;
-    const Slice following = loads ? slice(next) : current;
-    const int target_in_slot = current.lead / static_cast<int>(sizeof(Bits)) + target_column;
+    const Slice current = slice(n), following = loads ? slice(next) : current;
+    const Scaling scaling = this->scaling(n);
+    const int target = rows_.target_in(part_, n);
+    const int target_in_slot =
+        target < 0 ? -kTileBytes : current.lead / static_cast<int>(sizeof(Bits)) + target;
     for (int chunk = 0; chunk < slot_.num_chunks; ++chunk) {
       chunk_to_gradient<kType, kEntropy>(slot_.bytes, current, chunk, grad, scaling,
-                                         target_column < 0 ? -kTileBytes : target_in_slot);
+                                         target_in_slot);
       fence_before_bulk();
       block_sync();
       if (!is_first_warp()) continue;

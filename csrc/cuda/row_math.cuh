@@ -16,6 +16,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPackBytes = 16;
 // Loads a thread has in flight, and folds together before it rebases its sums.
 constexpr int kPacksPerThread = 4;
+constexpr int kMaxParts = 4;
 constexpr int kTilePacks = kThreads * kPacksPerThread;
 constexpr int kTileBytes = kTilePacks * kPackBytes;
 
@@ -96,16 +97,19 @@ __device__ void set_column(Pack& pack, int column, uint32_t bits) {
 
 // --- Scalings: z of a logit x ---
 
-// exp(d) for d <= 0 or NaN. A 16-bit logit is worth the hardware's power of two; for float32 it is
-// corrected for the rounding of its argument.
-template <DType kType>
+// exp(d) of d <= 0 or NaN. A sum over columns of 16 bits is well served by the hardware's power of
+// two; where kPrecise it is corrected for the rounding of its argument.
+template <bool kPrecise>
 __device__ float exp_of(float d) {
   const float exponent = multiply(d, kLog2E);
   const float power = exp2_approximately(exponent);
-  if constexpr (kType != DType::kFloat32) return power;
+  if constexpr (!kPrecise) return power;
   const float rest = multiply_add(d, kLog2ERest, multiply_add(d, kLog2E, -exponent));
   return multiply_add(power, multiply(rest, kLn2), power);
 }
+
+template <DType kType>
+constexpr bool kIsPrecise = kType == DType::kFloat32;
 
 // z = inv_temperature * x.
 struct Linear {
@@ -147,26 +151,49 @@ struct Part {
   int target;  // relative to the part; negative: none here
 };
 
-// Sums of one thread, against the largest z that it has seen.
-struct ThreadSums {
+// Sums over columns of exp(z - max) and (z - max) exp(z - max); what threads, warps and blocks hand
+// to one another.
+struct alignas(16) Sums {
   float max = -INFINITY;
   float sum = 0.0f;
   float weighted = 0.0f;
+  float unused = 0.0f;
 
   // What exponents are taken against: finite also while only -inf has been seen.
   __device__ float origin() const { return max == -INFINITY ? 0.0f : max; }
 
   // Moves the sums to a maximum that is not below their own, or NaN.
-  template <DType kType>
   __device__ void rebase(float new_max) {
     const float before = max;
     max = new_max;
     const float step = at_least_lowest(before - origin());
-    const float factor = exp_of<kType>(step);
+    const float factor = exp_of<true>(step);
     weighted = multiply(factor, multiply_add(step, sum, weighted));
     sum = multiply(factor, sum);
   }
 };
+
+// The sums of all lanes of a warp, in every lane.
+__device__ inline Sums join_lanes(Sums sums) {
+  float max = sums.max;
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    max = larger_or_nan(max, from_lane_across(max, mask));
+  }
+  sums.rebase(max);
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    sums.sum += from_lane_across(sums.sum, mask);
+    sums.weighted += from_lane_across(sums.weighted, mask);
+  }
+  return sums;
+}
+
+// The sums of `count` <= 32 in a fixed order; called by a whole warp.
+__device__ inline Sums join(const Sums* sums, int count) {
+  const int lane = lane_index();
+  return join_lanes(lane < count ? sums[lane] : Sums());
+}
 
 template <DType kType>
 __device__ float largest_column(const Pack (&packs)[kPacksPerThread]) {
@@ -197,7 +224,7 @@ __device__ void blank(Pack& pack, int begin, int end) {
 
 // Counts this thread's packs of one tile; load(pack) reads one that starts inside the part.
 template <DType kType, class Scaling, class Load>
-__device__ void add_tile(ThreadSums& sums, const Part& part, int tile, const Scaling& scaling,
+__device__ void add_tile(Sums& sums, const Part& part, int tile, const Scaling& scaling,
                          const Load& load) {
   constexpr int kColumns = kPackColumns<kType>;
   Pack packs[kPacksPerThread];
@@ -216,7 +243,7 @@ __device__ void add_tile(ThreadSums& sums, const Part& part, int tile, const Sca
     }
   }
   const float largest = scaling.z(largest_column<kType>(packs));
-  sums.rebase<kType>(larger_or_nan(sums.max, largest));
+  sums.rebase(larger_or_nan(sums.max, largest));
   const float origin = sums.origin();
 #pragma unroll
   for (int i = 0; i < kPacksPerThread; ++i) {
@@ -230,61 +257,12 @@ __device__ void add_tile(ThreadSums& sums, const Part& part, int tile, const Sca
 #pragma unroll
       for (int c = 0; c < Elements<kType>::kPerWord; ++c) {
         const float exponent = at_least_lowest(scaling.exponent(x[c], origin));
-        const float e = exp_of<kType>(exponent);
+        const float e = exp_of<kIsPrecise<kType>>(exponent);
         sums.sum += e;
         sums.weighted = multiply_add(exponent, e, sums.weighted);
       }
     }
   }
-}
-
-// --- Joining ---
-
-// The statistics of one warp's columns, the same in all its lanes: what blocks hand to one another.
-struct alignas(16) Entry {
-  float max;
-  float sum;
-  float weighted;
-  float unused;
-};
-
-// 4 parts of 8 warps.
-constexpr int kMaxEntries = kWarpSize;
-
-template <DType kType>
-__device__ Entry join_warp(ThreadSums sums) {
-  float max = sums.max;
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    max = larger_or_nan(max, from_lane_across(max, mask));
-  }
-  sums.rebase<kType>(max);
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    sums.sum += from_lane_across(sums.sum, mask);
-    sums.weighted += from_lane_across(sums.weighted, mask);
-  }
-  return {sums.max, sums.sum, sums.weighted, 0.0f};
-}
-
-// Joins the entries of a row, one a lane; called by a whole warp, all lanes get the result. Rounded
-// to float32 as row statistics are, so that whoever starts from those gets the same bits.
-__device__ inline OnlineSoftmax<double> join_entries(const Entry* entries, int count) {
-  const int lane = thread_index() % kWarpSize;
-  OnlineSoftmax<double> row;
-  if (lane < count) row = {entries[lane].max, entries[lane].sum, entries[lane].weighted};
-  float max = row.max;
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    max = larger_or_nan(max, from_lane_across(max, mask));
-  }
-  row.raise_max(max);
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    row.sum += from_lane_across(row.sum, mask);
-    row.weighted += from_lane_across(row.weighted, mask);
-  }
-  return {max, static_cast<float>(row.sum), static_cast<float>(row.weighted)};
 }
 
 // --- Gradient ---
@@ -316,7 +294,7 @@ __device__ void to_gradient(Pack& pack, const RowGrad& grad, const Scaling& scal
         d = at_least_lowest(d);
         factor = multiply_add(grad.entropy_scale, d + grad.offset, factor);
       }
-      g[c] = multiply(multiply(exp_of<kType>(d), factor), scaling.slope(x[c]));
+      g[c] = multiply(multiply(exp_of<kIsPrecise<kType>>(d), factor), scaling.slope(x[c]));
     }
     pack.word[w] = Elements<kType>::round(g);
   }

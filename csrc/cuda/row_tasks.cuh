@@ -63,8 +63,10 @@ __device__ inline RowGrad row_grad(float max, double log_sum, double entropy, do
   const double common = -inv_temperature * exp(-log_sum);
   const double logprob = (static_cast<double>(target.z) - max) - log_sum;
   double of_target = -coef_logprob * expm1(logprob);
-  const double p = exp(logprob);
-  if (coef_entropy != 0.0 && p != 0.0) of_target -= coef_entropy * p * (logprob + entropy);
+  if (coef_entropy != 0.0) {
+    const double p = exp(logprob);
+    if (p != 0.0) of_target -= coef_entropy * p * (logprob + entropy);
+  }
   return {max,
           static_cast<float>(coef_logprob * common),
           static_cast<float>(coef_entropy * common),
@@ -92,16 +94,16 @@ struct StatsTask {
 
   __device__ void skip(int n) const { write(n, 0.0f, 0.0f, 0.0f, 0.0f); }
 
-  __device__ RowGrad finish(int n, const OnlineSoftmax<double>& others, const Target& target,
-                            float, bool leads) const {
+  __device__ RowGrad finish(int n, const Sums& others, const Target& target, float,
+                            bool leads) const {
     if (!leads) return {};
     const float max = isnan(others.sum) ? NAN : others.max;
     if (finished) {
-      const RowValues values = row_values(others, target.z);
+      const RowValues values = row_values({others.max, others.sum, others.weighted}, target.z);
       write(n, static_cast<float>(values.logprob), static_cast<float>(values.entropy), max,
             static_cast<float>(values.log_sum));
     } else {
-      write(n, max, static_cast<float>(others.sum), static_cast<float>(others.weighted), target.z);
+      write(n, max, others.sum, others.weighted, target.z);
     }
     return {};
   }
@@ -123,13 +125,13 @@ struct PolicyTask {
     results.records[n] = {};
   }
 
-  __device__ RowGrad finish(int n, const OnlineSoftmax<double>& others, const Target& target,
-                            float inv_temperature, bool leads) const {
-    const RowValues values = row_values(others, target.z);
+  __device__ RowGrad finish(int n, const Sums& others, const Target& target, float inv_temperature,
+                            bool leads) const {
+    const RowValues values = row_values({others.max, others.sum, others.weighted}, target.z);
     // Rounded as token_logprobs hands them out: a token that has not changed has a ratio of 1.
     const float logprob = static_cast<float>(values.logprob);
     const float entropy = static_cast<float>(values.entropy);
-    const TokenLoss loss = token_loss(token(inputs, spec, n, logprob, entropy), spec);
+    const TokenLoss loss = token_loss(token(inputs, n, logprob, entropy), spec);
     if (leads) {
       results.logprobs[n] = logprob;
       results.entropy[n] = entropy;
