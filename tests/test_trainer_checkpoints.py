@@ -22,7 +22,7 @@ from trainer.testing import bigram_model, bigram_tokenizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CONFIG = PRESETS["r1-zero-tiny"][1]
-THREE = Packing([3], ALONE.device)
+THREE = Packing.of_lengths([3], ALONE.device)
 
 
 def trained_policy(steps: int = 3) -> tuple[Policy, torch.optim.Optimizer]:
@@ -79,7 +79,7 @@ def test_checkpoint_holds_a_model_that_transformers_loads(tmp_path: Path) -> Non
     folder = store.path(1) / "model"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     token_ids = AutoTokenizer.from_pretrained(folder)("User: 1", return_tensors="pt").input_ids
-    packing = Packing([token_ids.shape[1]], ALONE.device)
+    packing = Packing.of_lengths([token_ids.shape[1]], ALONE.device)
     expected = trained_policy()[0].model(token_ids, packing=packing).logits
     assert torch.allclose(loaded(token_ids).logits, expected, rtol=1e-6, atol=1e-6)
 

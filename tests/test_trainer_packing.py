@@ -1,5 +1,8 @@
-"""Packed sequences: the states of each are those it has alone."""
+"""Packed sequences, also with common prompts: the states of each are those it has alone."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,10 @@ from transformers import (
 )
 
 from trainer.attention import PACKED, Packing
+from trainer.packing import UpdateSample, pack_targets, pack_tokens, plan_micro_batches
+
+CPU = torch.device("cpu")
+Make = Callable[[], PreTrainedModel]
 
 LENGTHS = [7, 40, 39, 3, 1, 12]
 SHAPE = dict(
@@ -44,18 +51,16 @@ def states(model: PreTrainedModel, token_ids: list[Tensor]) -> Tensor:
     return torch.cat([decoder(input_ids=ids[None]).last_hidden_state[0] for ids in token_ids])
 
 
-def packed_states(model: PreTrainedModel, token_ids: list[Tensor]) -> Tensor:
+def packed_states(model: PreTrainedModel, token_ids: list[Tensor], packing: Packing) -> Tensor:
+    """Hidden states of the packed tokens."""
     model.set_attn_implementation(PACKED)
-    packing = Packing([len(ids) for ids in token_ids], torch.device("cpu"))
-    return (
-        model.get_decoder()(
-            input_ids=torch.cat(token_ids)[None],
-            position_ids=packing.positions_T[None],
-            use_cache=False,
-            packing=packing,
-        )
-        .last_hidden_state[0]
-    )  # fmt: skip
+    hidden = model.get_decoder()(
+        input_ids=torch.cat(token_ids)[None],
+        position_ids=packing.positions_T[None],
+        use_cache=False,
+        packing=packing,
+    )
+    return hidden.last_hidden_state[0]
 
 
 def gradients(model: PreTrainedModel, loss: Tensor) -> Tensor:
@@ -66,30 +71,110 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [llama, qwen3_with_a_window])
-def test_packed_states_and_gradients_are_those_of_single_sequences(make) -> None:  # noqa: ANN001
+def test_packed_states_and_gradients_are_those_of_single_sequences(make: Make) -> None:
     torch.manual_seed(0)
     model = make().double().eval()
     token_ids = [torch.randint(0, 50, (length,)) for length in LENGTHS]
     direction = torch.randn(sum(LENGTHS), 32, dtype=torch.float64)
-    alone, packed = states(model, token_ids), packed_states(model, token_ids)
-    assert torch.allclose(alone, packed, rtol=1e-12, atol=1e-12)
+    packed = packed_states(model, token_ids, Packing.of_lengths(LENGTHS, CPU))
+    assert torch.allclose(states(model, token_ids), packed, rtol=1e-12, atol=1e-12)
     expected = gradients(model, (states(model, token_ids) * direction).sum())
     got = gradients(model, (packed * direction).sum())
     assert (got - expected).norm() < 1e-12 * expected.norm()
 
 
-def test_groups_bound_the_padding_and_hold_every_token_once() -> None:
-    packing = Packing(LENGTHS, torch.device("cpu"))
-    tokens = [index for group in packing.groups for index in range(*group.tokens.indices(10**6))]
-    assert tokens == list(range(sum(LENGTHS)))
-    for group in packing.groups:
-        count = group.tokens.stop - group.tokens.start
-        assert group.num_sequences * group.length <= 1.25 * count
-        assert len(group.places_n.unique()) == count
-    assert len(packing.groups) < len(LENGTHS)
+def completions(count: int) -> list[UpdateSample]:
+    """Of three prompts, one of a single token, in mixed order; some completions of one token."""
+    generator = np.random.default_rng(0)
+    prompts = [[3, 4, 5, 6, 7, 8], [9], [3, 4, 5]]
+    return [
+        UpdateSample(
+            prompt_ids=prompts[index % 3],
+            token_ids=generator.integers(0, 50, size=int(generator.integers(1, 14))),
+            sampler_logprobs=np.zeros(0, dtype=np.float32),
+            advantage=0.0,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("make", [llama, qwen3_with_a_window])
+def test_common_prompts_are_computed_once_and_change_nothing(make: Make) -> None:
+    torch.manual_seed(0)
+    model, samples = make().double().eval(), completions(11)
+    tokens = pack_tokens(samples, CPU)
+    alone = sum(one.num_positions for one in samples)
+    saved = sum(len(one.prompt_ids) for one in samples) - 6 - 1 - 3
+    assert len(tokens.token_ids_T) == alone - saved
+    targets = pack_targets(samples, CPU)
+    direction = torch.randn(len(targets.target_ids_N), 32, dtype=torch.float64)
+
+    def before_targets() -> Tensor:
+        whole = [torch.tensor([*one.prompt_ids, *one.token_ids[:-1]]) for one in samples]
+        parts = states(model, whole).split([len(ids) for ids in whole])
+        return torch.cat(
+            [part[-len(one.token_ids) :] for part, one in zip(parts, samples, strict=True)]
+        )
+
+    packed = packed_states(model, [tokens.token_ids_T], tokens.packing)
+    packed = packed[tokens.target_positions_N]
+    assert torch.allclose(before_targets(), packed, rtol=1e-12, atol=1e-12)
+    expected = gradients(model, (before_targets() * direction).sum())
+    got = gradients(model, (packed * direction).sum())
+    # The models' norms round gradients to float32, here after the sum over completions.
+    assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_groups_bound_the_padding_and_hold_every_token() -> None:
+    packing = Packing.of_lengths(LENGTHS, CPU)
+    groups = packing.padded_groups
+    assert sum(group.numel() for group in groups) <= 1.25 * sum(LENGTHS)
+    assert len(groups) < len(LENGTHS)
+    flat = torch.cat([group.flatten() for group in groups])
+    assert flat[packing.first_padded_T].tolist() == list(range(sum(LENGTHS)))
+
+
+def test_gathered_tokens_of_a_flash_call_lead_back_to_the_packed_ones() -> None:
+    packing = pack_tokens(completions(11), CPU).packing
+    sources = packing.sources_E
+    assert sources is not None and packing.cu_seqlens[-1] == len(sources)
+    count = int(sources.max()) + 1
+    assert sources[packing.first_use_T].tolist() == list(range(count))
+    assert Packing.of_lengths(LENGTHS, CPU).sources_E is None
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_plan_deals_every_sample_once_and_evenly(num_ranks: int) -> None:
+    samples = completions(37)
+    plans = plan_micro_batches(samples, num_ranks, 64)
+    dealt = [index for plan in plans for part in plan for index in part]
+    assert sorted(dealt) == list(range(37))
+    assert len({len(plan) for plan in plans}) == 1
+
+    def positions(part: list[int]) -> int:
+        return len(pack_tokens([samples[i] for i in part], CPU).token_ids_T) if part else 0
+
+    assert all(positions(part) <= 64 for plan in plans for part in plan)
+    shares = [sum(map(positions, plan)) for plan in plans]
+    assert max(shares) <= 1.5 * sum(shares) / num_ranks
+
+
+def test_plan_leaves_a_sample_above_the_budget_alone() -> None:
+    lengths = [300, 20, 30, 50]
+    samples = [
+        UpdateSample(
+            prompt_ids=[index],
+            token_ids=np.zeros(length, dtype=np.int64),
+            sampler_logprobs=np.zeros(0, dtype=np.float32),
+            advantage=0.0,
+        )
+        for index, length in enumerate(lengths)
+    ]
+    plan = plan_micro_batches(samples, 1, 100)[0]
+    assert sorted(map(sorted, plan)) == [[0], [1, 2, 3]]
 
 
 def test_attention_with_capped_scores_is_refused() -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**SHAPE)).eval()
     with pytest.raises(ValueError, match="softcap: expected attention without it"):
-        packed_states(model, [torch.tensor([1, 2, 3])])
+        packed_states(model, [torch.tensor([1, 2, 3])], Packing.of_lengths([3], CPU))

@@ -18,7 +18,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.fsdp import World
-from trainer.packing import UpdateSample, pack_targets, pack_tokens, plan_micro_batches
+from trainer.packing import UpdateSample, pack_targets, pack_tokens
 from trainer.policy import Policy
 from trainer.policy_update import (
     PolicyUpdate,
@@ -236,25 +236,6 @@ def test_learning_rate_falls_by_the_schedule() -> None:
     assert rates("linear") == pytest.approx([0.5, 1.0, *np.linspace(1.0, 0.2, 9)[1:]])
     assert rates("cosine")[5] == pytest.approx(0.6) and rates("cosine")[-1] == pytest.approx(0.2)
     assert rates("constant") == pytest.approx([0.5, *[1.0] * 9])
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_plan_deals_every_sample_once_and_evenly(num_ranks: int) -> None:
-    lengths = np.random.default_rng(1).integers(1, 60, size=37).tolist()
-    plans = plan_micro_batches(lengths, num_ranks, 128)
-    dealt = [index for plan in plans for part in plan for index in part]
-    assert sorted(dealt) == list(range(37))
-    assert len({len(plan) for plan in plans}) == 1
-    for plan in plans:
-        loads = [sum(lengths[index] for index in part) for part in plan]
-        assert max(loads) <= 128 and max(loads) - min(loads) <= max(lengths)
-    shares = [sum(lengths[index] for part in plan for index in part) for plan in plans]
-    assert max(shares) - min(shares) <= max(lengths)
-
-
-def test_plan_leaves_a_sample_above_the_budget_alone() -> None:
-    plans = plan_micro_batches([300, 20, 30, 50], 1, 100)
-    assert sorted(map(sorted, plans[0])) == [[0], [1, 2, 3]]
 
 
 def test_rank_without_samples_has_no_gradient() -> None:

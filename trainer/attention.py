@@ -1,12 +1,17 @@
 """Attention of packed sequences: each token sees the earlier tokens of its own sequence.
 
+Sequences that begin with the same prompt have its tokens once between them: everything but
+attention is computed once for the prompt, and attention gathers each sequence whole. So a group of
+G completions of R tokens costs P + G * R positions instead of G * (P + R), and the gradient of the
+prompt is the sum over its completions, exactly.
+
 transformers calls `packed_attention` by the name `PACKED`; what it needs to know travels through
 the model as the keyword `packing`. On a GPU in half precision it is one variable-length
 flash-attention call (the package flash-attn, else torch's own). Elsewhere sequences are padded for
 torch's scaled_dot_product_attention and for nothing else.
 
-Shapes: T packed tokens, S sequences, H query heads, K key-value heads, C head width; s, t, n
-sequences, padded length and tokens of one group.
+Shapes: T packed tokens, S sequences, E tokens of all sequences with each its prompt, H query heads,
+K key-value heads, C head width; s, t sequences and padded length of one group.
 """
 
 import importlib.util
@@ -17,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "onepass_packed"
@@ -26,64 +31,96 @@ MAX_PADDING = 1.25
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True)
-class _PaddedGroup:
-    """Consecutive sequences that are padded to the same length."""
-
-    tokens: slice
-    num_sequences: int
-    length: int
-    places_n: Tensor
-    """Where each token stands among the num_sequences * length padded positions."""
-
-
 @dataclass(frozen=True)
 class Packing:
-    """Lengths of the packed sequences, and what follows from them for attention."""
+    """Which packed tokens make up each sequence.
 
-    lengths: Sequence[int]
+    Args:
+        sequences: the places among the packed tokens of each sequence's tokens, in order; together
+            they hold every packed token.
+        device: of what follows from them.
+    """
+
+    sequences: Sequence[Tensor]
     device: torch.device
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Packing":
+        """Sequences of these lengths end to end that share nothing."""
+        return cls(torch.arange(sum(lengths)).split(list(lengths)), device)
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Place of each packed token in its sequence, int64 `[T]`."""
+        return self._first_places(torch.cat([torch.arange(len(each)) for each in self.sequences]))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """First token of each sequence, and the number of tokens; int32 `[S + 1]`."""
-        ends = torch.tensor(self.lengths).cumsum(0)
-        return nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32)
+        """First of the E tokens of each sequence, and E; int32 `[S + 1]`."""
+        ends = torch.tensor([len(each) for each in self.sequences]).cumsum(0)
+        return pad(ends, (1, 0)).to(self.device, torch.int32)
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(self.lengths)
+        return max(map(len, self.sequences))
 
     @cached_property
-    def positions_T(self) -> Tensor:
-        """Place of each token in its sequence, int64 `[T]`."""
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.device)
+    def sources_E(self) -> Tensor | None:
+        """Packed token of each of the E tokens; None where they are the packed tokens."""
+        sources_E = torch.cat(list(self.sequences))
+        is_identity = torch.equal(sources_E, torch.arange(len(sources_E)))
+        return None if is_identity else sources_E.to(self.device)
 
     @cached_property
-    def groups(self) -> list[_PaddedGroup]:
-        """The sequences in order, split where padding them together would waste too much."""
-        runs: list[list[int]] = []
-        for length in self.lengths:
-            longer = [*runs[-1], length] if runs else []
-            if runs and max(longer) * len(longer) <= MAX_PADDING * sum(longer):
-                runs[-1] = longer
+    def first_use_T(self) -> Tensor:
+        """The first of the E tokens that is each packed token."""
+        return self._first_places(torch.arange(sum(map(len, self.sequences))))
+
+    @cached_property
+    def padded_groups(self) -> list[Tensor]:
+        """For sequences of like length padded together: packed token of each position, `[s, t]`.
+
+        Padding, at the right, repeats a token of the sequence.
+        """
+        runs: list[list[Tensor]] = []
+        for index in self._by_length:
+            sequence = self.sequences[index]
+            # The first of a run is its longest.
+            run = [*runs[-1], sequence] if runs else []
+            if runs and len(run[0]) * len(run) <= MAX_PADDING * sum(map(len, run)):
+                runs[-1] = run
             else:
-                runs.append([length])
-        groups, start = [], 0
-        for run in runs:
-            longest, end = max(run), start + sum(run)
-            places = [row * longest + torch.arange(length) for row, length in enumerate(run)]
-            groups.append(
-                _PaddedGroup(
-                    tokens=slice(start, end),
-                    num_sequences=len(run),
-                    length=longest,
-                    places_n=torch.cat(places).to(self.device),
-                )
-            )
-            start = end
-        return groups
+                runs.append([sequence])
+        return [
+            torch.stack(
+                [torch.cat([each, each[:1].expand(len(run[0]) - len(each))]) for each in run]
+            ).to(self.device)
+            for run in runs
+        ]
+
+    @cached_property
+    def first_padded_T(self) -> Tensor:
+        """The first place of each packed token among the flattened positions of all groups."""
+        starts, start = {}, 0
+        by_length = iter(self._by_length)
+        for group_st in self.padded_groups:
+            for _ in range(group_st.shape[0]):
+                starts[next(by_length)] = start
+                start += group_st.shape[1]
+        places = [starts[i] + torch.arange(len(each)) for i, each in enumerate(self.sequences)]
+        return self._first_places(torch.cat(places))
+
+    @cached_property
+    def _by_length(self) -> list[int]:
+        return sorted(range(len(self.sequences)), key=lambda index: -len(self.sequences[index]))
+
+    def _first_places(self, values_E: Tensor) -> Tensor:
+        """Of the values of the E tokens, that of each packed token's first use."""
+        tokens_E = torch.cat(list(self.sequences))
+        first_T = torch.full((int(tokens_E.max()) + 1,), len(tokens_E))
+        first_T.scatter_reduce_(0, tokens_E, torch.arange(len(tokens_E)), "amin")
+        return values_E[first_T].to(self.device)
 
 
 def packed_attention(
@@ -117,28 +154,13 @@ def packed_attention(
                 f"{unsupported}: expected attention without it in packed training, "
                 f"got it from {type(module).__name__}"
             )
-    repeats = query_1HTC.shape[1] // key_1KTC.shape[1]
     query_THC, key_TKC, value_TKC = (
         states[0].transpose(0, 1) for states in (query_1HTC, key_1KTC, value_1KTC)
     )
+    attend = _padded_attention
     if query_THC.is_cuda and query_THC.dtype in HALF_PRECISION:
-        output_THC = _flash_attention(
-            query_THC, key_TKC, value_TKC, packing, scaling, sliding_window
-        )
-    else:
-        parts = [
-            _padded_attention(
-                query_THC[group.tokens],
-                key_TKC[group.tokens],
-                value_TKC[group.tokens],
-                group,
-                scaling,
-                sliding_window,
-                grouped_heads=repeats > 1,
-            )
-            for group in packing.groups
-        ]
-        output_THC = torch.cat(parts) if len(parts) > 1 else parts[0]
+        attend = _flash_attention
+    output_THC = attend(query_THC, key_TKC, value_TKC, packing, scaling, sliding_window)
     return output_THC[None], None
 
 
@@ -152,68 +174,73 @@ def _flash_attention(
 ) -> Tensor:
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     bounds = (packing.cu_seqlens, packing.cu_seqlens, packing.longest, packing.longest)
+    sources_E = packing.sources_E
+    query_EHC, key_EKC, value_EKC = (
+        states if sources_E is None else states.index_select(0, sources_E)
+        for states in (query_THC, key_TKC, value_TKC)
+    )
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            query_THC,
-            key_TKC,
-            value_TKC,
+        output_EHC = flash_attn_varlen_func(
+            query_EHC,
+            key_EKC,
+            value_EKC,
             *bounds,
             softmax_scale=scaling,
             causal=True,
             window_size=window,
             deterministic=True,
         )
-    from torch.nn.attention.varlen import varlen_attn
+    else:
+        from torch.nn.attention.varlen import varlen_attn
 
-    # Grouped heads are an argument only from torch 2.12 on.
-    repeats = query_THC.shape[1] // key_TKC.shape[1]
-    if repeats > 1:
-        key_TKC = key_TKC.repeat_interleave(repeats, dim=1)
-        value_TKC = value_TKC.repeat_interleave(repeats, dim=1)
-    output_THC = varlen_attn(
-        query_THC, key_TKC, value_TKC, *bounds, scale=scaling, window_size=window
-    )
-    assert isinstance(output_THC, Tensor)
-    return output_THC
+        # Fewer key-value heads are an argument only from torch 2.12 on.
+        repeats = query_EHC.shape[1] // key_EKC.shape[1]
+        output_EHC = varlen_attn(
+            query_EHC,
+            key_EKC.repeat_interleave(repeats, dim=1),
+            value_EKC.repeat_interleave(repeats, dim=1),
+            *bounds,
+            scale=scaling,
+            window_size=window,
+        )
+    return output_EHC if sources_E is None else output_EHC.index_select(0, packing.first_use_T)
 
 
 def _padded_attention(
-    query_nHC: Tensor,
-    key_nKC: Tensor,
-    value_nKC: Tensor,
-    group: _PaddedGroup,
+    query_THC: Tensor,
+    key_TKC: Tensor,
+    value_TKC: Tensor,
+    packing: Packing,
     scaling: float | None,
     sliding_window: int | None,
-    *,
-    grouped_heads: bool,
 ) -> Tensor:
-    shape = (group.num_sequences, group.length)
-    is_padded = len(query_nHC) < shape[0] * shape[1]
-
-    def padded(states_nHC: Tensor) -> Tensor:
-        if is_padded:
-            room = states_nHC.new_zeros(shape[0] * shape[1], *states_nHC.shape[1:])
-            states_nHC = room.index_copy(0, group.places_n, states_nHC)
-        return states_nHC.unflatten(0, shape).transpose(1, 2)
-
-    # Padding is on the right, where causal attention does not look.
-    mask_tt = None
-    if sliding_window is not None and sliding_window < group.length:
-        ones_tt = torch.ones(group.length, group.length, dtype=torch.bool, device=query_nHC.device)
-        mask_tt = ones_tt.tril() & ones_tt.triu(1 - sliding_window)
-    output_sHtC = scaled_dot_product_attention(
-        padded(query_nHC),
-        padded(key_nKC),
-        padded(value_nKC),
-        attn_mask=mask_tt,
-        is_causal=mask_tt is None,
-        scale=scaling,
-        enable_gqa=grouped_heads,
-    )
-    output_nHC = output_sHtC.transpose(1, 2).flatten(0, 1)
-    return output_nHC.index_select(0, group.places_n) if is_padded else output_nHC
+    outputs = []
+    for sources_st in packing.padded_groups:
+        length = sources_st.shape[1]
+        mask_tt = None
+        if sliding_window is not None and sliding_window < length:
+            ones_tt = query_THC.new_ones(length, length, dtype=torch.bool)
+            mask_tt = ones_tt.tril() & ones_tt.triu(1 - sliding_window)
+        query_sHtC, key_sKtC, value_sKtC = (
+            states.index_select(0, sources_st.flatten())
+            .unflatten(0, sources_st.shape)
+            .transpose(1, 2)
+            for states in (query_THC, key_TKC, value_TKC)
+        )
+        # Padding is on the right, where causal attention does not look.
+        output_sHtC = scaled_dot_product_attention(
+            query_sHtC,
+            key_sKtC,
+            value_sKtC,
+            attn_mask=mask_tt,
+            is_causal=mask_tt is None,
+            scale=scaling,
+            enable_gqa=query_THC.shape[1] != key_TKC.shape[1],
+        )
+        outputs.append(output_sHtC.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, packing.first_padded_T)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -31,7 +31,7 @@ class UpdateSample:
 
     @property
     def num_positions(self) -> int:
-        """Positions of its forward pass; the last token is only ever a target."""
+        """Positions of its forward pass alone; the last token is only ever a target."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
 
 
@@ -65,58 +65,94 @@ class PackedTargets:
     sampler_logprobs_N: Tensor
 
 
-def plan_micro_batches(
-    lengths_S: Sequence[int], num_ranks: int, budget_tokens: int
-) -> list[list[list[int]]]:
-    """Deals samples out to ranks, and each share to micro-batches, alike in tokens.
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Samples with the same prompt that stay together, so that its positions are there once."""
 
-    Every rank gets the same number of micro-batches, as the collectives of a sharded model need, if
-    need be empty ones.
+    indices: list[int]
+    cost: int
+    """Packed positions."""
+
+
+def plan_micro_batches(
+    samples: Sequence[UpdateSample], num_ranks: int, budget_tokens: int
+) -> list[list[list[int]]]:
+    """Deals samples out to ranks, and each share to micro-batches, alike in positions.
+
+    Samples with the same prompt stay together as far as budget and balance allow. Every rank gets
+    the same number of micro-batches, as the collectives of a sharded model need, if need be empty
+    ones.
 
     Args:
-        lengths_S: positions of each sample.
+        samples: to be dealt.
         num_ranks: ranks to deal to.
         budget_tokens: most positions of a micro-batch; one sample alone may exceed it.
 
-    Returns: indices into `lengths_S`, by rank and micro-batch.
+    Returns: indices into `samples`, by rank and micro-batch.
     """
-
-    def fits(parts: list[list[int]]) -> bool:
-        return all(len(p) < 2 or sum(lengths_S[i] for i in p) <= budget_tokens for p in parts)
-
-    shares = _deal(range(len(lengths_S)), lengths_S, num_ranks)
-    most = max(sum(min(lengths_S[i], budget_tokens) for i in share) for share in shares)
-    count = max(1, -(-most // budget_tokens))
+    total = sum(one.num_positions for one in samples)
+    # Parts of at most half a share let the shares of ranks come out alike.
+    most = budget_tokens if num_ranks == 1 else min(budget_tokens, total // (2 * num_ranks))
+    shares = _deal(_units(samples, most), num_ranks)
+    loads = [sum(min(unit.cost, budget_tokens) for unit in share) for share in shares]
+    count = max(1, -(-max(loads) // budget_tokens))
     while True:
-        plans = [_deal(share, lengths_S, count) for share in shares]
-        if all(fits(plan) for plan in plans):
-            return plans
+        plans = [_deal(share, count) for share in shares]
+        parts = [part for plan in plans for part in plan]
+        if all(len(part) < 2 or sum(u.cost for u in part) <= budget_tokens for part in parts):
+            break
         count += 1
+    return [[[index for unit in part for index in unit.indices] for part in plan] for plan in plans]
 
 
-def _deal(indices: Sequence[int], lengths_S: Sequence[int], parts: int) -> list[list[int]]:
-    """Longest first, each to the part that has least; a part is in falling order of length."""
-    dealt: list[list[int]] = [[] for _ in range(parts)]
+def _units(samples: Sequence[UpdateSample], most: int) -> list[_Unit]:
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, one in enumerate(samples):
+        by_prompt.setdefault(tuple(one.prompt_ids), []).append(index)
+    units = []
+    for prompt, indices in by_prompt.items():
+        unit = _Unit([], len(prompt))
+        for index in indices:
+            more = len(samples[index].token_ids) - 1
+            if unit.indices and unit.cost + more > most:
+                units.append(unit)
+                unit = _Unit([], len(prompt))
+            unit = _Unit([*unit.indices, index], unit.cost + more)
+        units.append(unit)
+    return units
+
+
+def _deal(units: Sequence[_Unit], parts: int) -> list[list[_Unit]]:
+    """Largest first, each to the part that has least."""
+    dealt: list[list[_Unit]] = [[] for _ in range(parts)]
     loads = [(0, part) for part in range(parts)]
-    for index in sorted(indices, key=lambda index: -lengths_S[index]):
+    for unit in sorted(units, key=lambda unit: -unit.cost):
         load, part = heapq.heappop(loads)
-        dealt[part].append(index)
-        heapq.heappush(loads, (load + lengths_S[index], part))
+        dealt[part].append(unit)
+        heapq.heappush(loads, (load + unit.cost, part))
     return dealt
 
 
 def pack_tokens(samples: Sequence[UpdateSample], device: torch.device) -> PackedTokens:
-    """Prompts and completions end to end, without each last token."""
+    """Each prompt once, followed by its completions without their last tokens."""
     samples = samples or [NO_SAMPLE]
-    pieces = [part for one in samples for part in (one.prompt_ids, one.token_ids[:-1])]
-    lengths = [one.num_positions for one in samples]
-    ends = np.cumsum(lengths)
-    targets = [
-        np.arange(end - len(one.token_ids), end) for one, end in zip(samples, ends, strict=True)
-    ]
+    pieces: list[Sequence[int] | np.ndarray] = []
+    prompts: dict[tuple[int, ...], np.ndarray] = {}
+    sequences, targets, start = [], [], 0
+    for one in samples:
+        prompt = tuple(one.prompt_ids)
+        if prompt not in prompts:
+            prompts[prompt] = np.arange(start, start + len(prompt))
+            pieces.append(prompt)
+            start += len(prompt)
+        own = np.arange(start, start + len(one.token_ids) - 1)
+        pieces.append(one.token_ids[:-1])
+        start += len(own)
+        sequences.append(torch.from_numpy(np.concatenate([prompts[prompt], own])))
+        targets.append(np.concatenate([prompts[prompt][-1:], own]))
     return PackedTokens(
         token_ids_T=_on_device(np.concatenate(pieces).astype(np.int64), device),
-        packing=Packing(lengths, device),
+        packing=Packing(sequences, device),
         target_positions_N=_on_device(np.concatenate(targets), device),
     )
 

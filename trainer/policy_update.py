@@ -216,9 +216,10 @@ class PolicyUpdate:
 
     def _plan(self, samples: Sequence[UpdateSample], chosen: Sequence[int]) -> list[_MicroBatch]:
         """This rank's micro-batches of the chosen samples."""
-        lengths = [samples[index].num_positions for index in chosen]
         plans = plan_micro_batches(
-            lengths, self.world.size, self.config.optimizer.micro_batch_tokens
+            [samples[index] for index in chosen],
+            self.world.size,
+            self.config.optimizer.micro_batch_tokens,
         )
         batches = []
         for parts in zip(*plans, strict=True):
