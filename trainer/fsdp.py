@@ -8,7 +8,7 @@ counts of the whole batch.
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from kernels import VocabShard
@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 # The main rank makes the embedded model, minutes long, while the others wait.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+# Whole tensors that are in memory at once when weights are gathered.
+GATHER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,13 +222,74 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole, one at a time, on every rank; all ranks must draw them together.
+def full_tensors(
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = GATHER_BYTES,
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor whole, on every rank; all ranks must draw them together.
 
-    Collectives: one all-gather per sharded tensor.
+    Args:
+        named: tensors that may be sharded.
+        dtype: to convert to before they travel; None keeps theirs.
+        bucket_bytes: tensors are gathered together until they have this size.
+
+    Collectives: one all-gather per bucket, and one per tensor that is sharded in another way than
+    by FSDP2.
     """
+    bucket: list[tuple[str, Tensor]] = []
+    waiting_bytes = 0
     for name, tensor in named:
-        yield name, full_tensor(tensor.detach())
+        tensor = tensor.detach()
+        bucket.append((name, tensor if dtype is None else tensor.to(dtype)))
+        waiting_bytes += bucket[-1][1].nbytes
+        if waiting_bytes >= bucket_bytes:
+            yield from _gathered(bucket)
+            bucket, waiting_bytes = [], 0
+    yield from _gathered(bucket)
+
+
+def _gathered(bucket: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    alike: dict[tuple[DeviceMesh, int, torch.dtype], dict[str, DTensor]] = {}
+    for name, tensor in bucket:
+        if isinstance(tensor, DTensor) and (axis := _row_shard_axis(tensor)) is not None:
+            alike.setdefault((tensor.device_mesh, axis, tensor.dtype), {})[name] = tensor
+    whole: dict[str, Tensor] = {}
+    for (mesh, axis, _), tensors in alike.items():
+        whole |= _gather_rows(tensors, mesh, axis)
+    for name, tensor in bucket:
+        yield name, whole.pop(name) if name in whole else full_tensor(tensor)
+
+
+def _row_shard_axis(tensor: DTensor) -> int | None:
+    """The mesh axis that the rows are sharded over as FSDP2 does it; None where they are sharded in
+    another way."""
+    kinds = [type(placement) for placement in tensor.placements]
+    if kinds.count(Shard) != 1 or kinds.count(Replicate) != len(kinds) - 1:
+        return None
+    axis = kinds.index(Shard)
+    return axis if tensor.placements[axis].is_shard(dim=0) else None
+
+
+def _gather_rows(tensors: Mapping[str, DTensor], mesh: DeviceMesh, axis: int) -> dict[str, Tensor]:
+    """One all-gather for tensors whose ranks hold as many rows each, the last ones fewer."""
+    ranks = mesh.size(axis)
+    padded = []
+    for tensor in tensors.values():
+        rows = -(-tensor.shape[0] // ranks)
+        shard = torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+        local = tensor.to_local()
+        shard[: len(local)] = local
+        padded.append(shard)
+    packed_N = torch.cat([shard.flatten() for shard in padded])
+    gathered_RN = packed_N.new_empty(ranks, len(packed_N))
+    dist.all_gather(list(gathered_RN), packed_N, group=mesh.get_group(axis))
+    by_tensor = gathered_RN.split([shard.numel() for shard in padded], dim=1)
+    return {
+        name: part.reshape(-1, *tensor.shape[1:])[: tensor.shape[0]]
+        for (name, tensor), part in zip(tensors.items(), by_tensor, strict=True)
+    }
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:

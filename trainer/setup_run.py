@@ -16,7 +16,7 @@ from trainer.checkpoints import (
     step_of,
 )
 from trainer.config import TrainConfig, UsageError
-from trainer.fsdp import World, from_main_rank
+from trainer.fsdp import World, from_main_rank, full_tensors
 from trainer.model_loading import load_model, load_tokenizer, resolve_model
 from trainer.policy import Policy
 from trainer.policy_update import make_optimizer
@@ -25,6 +25,7 @@ from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
 from trainer.rollout.transformers_sampler import TransformersSampler
+from trainer.rollout.vllm_sampler import VllmSampler
 from trainer.run_log import RunLog
 from trainer.samples import Prompter
 from trainer.stop_signal import StopSignal
@@ -57,6 +58,13 @@ class Run:
         """Whether what happens every so many steps (0: never), and at the last, happens at this
         one."""
         return step == self.config.optimizer.steps or (every > 0 and step % every == 0)
+
+    def sync_sampler(self) -> None:
+        """Gives the sampler the weights that the policy has after the last completed step."""
+        dtype = getattr(torch, self.config.dtype)
+        self.sampler.load_weights(
+            lambda: full_tensors(self.policy.weights(), dtype=dtype), self.completed
+        )
 
     def save(self) -> None:
         """Saves the last completed step, unless it is saved already or there is none."""
@@ -109,24 +117,17 @@ def start_run(
     prompter = Prompter(
         tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
     )
-    dtype = getattr(torch, config.dtype)
-    sampler = TransformersSampler(
-        model,
-        tokenizer,
-        template,
-        dtype=dtype,
-        rows_per_batch=config.rollout.rows_per_batch,
-    )
+    sampler = _make_sampler(config, model, start, tokenizer, template, world)
     reference = _make_reference(config, model, checkpoint, world)
     policy = Policy(model)
-    policy.shard(world, dtype, config.sharding)
+    policy.shard(world, getattr(torch, config.dtype), config.sharding)
     optimizer = make_optimizer(policy, config)
     if checkpoint is not None:
         restore_optimizer(checkpoint, policy, optimizer)
     completed = 0 if checkpoint is None else step_of(checkpoint)
     if completed:
         log.message(f"going on after step {completed}")
-    return Run(
+    run = Run(
         config=config,
         world=world,
         source=source,
@@ -141,6 +142,42 @@ def start_run(
         stop=StopSignal(),
         completed=completed,
         saved=completed,
+    )
+    run.sync_sampler()
+    return run
+
+
+def _make_sampler(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    world: World,
+) -> Sampler:
+    """What `--rollout` names; the model is still whole."""
+    options = config.rollout
+    if options.rollout == "vllm":
+        longest = options.max_prompt_tokens + options.max_new_tokens
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+        return VllmSampler(
+            source,
+            tokenizer,
+            template,
+            world,
+            dtype=config.dtype,
+            max_tokens=min(longest, positions),
+            tensor_parallel=options.vllm_tensor_parallel,
+            gpu_memory=options.vllm_gpu_memory,
+            shares_gpu=True,
+            flag="--rollout",
+        )
+    return TransformersSampler(
+        model,
+        tokenizer,
+        template,
+        dtype=getattr(torch, config.dtype),
+        rows_per_batch=options.rows_per_batch,
     )
 
 

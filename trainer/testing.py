@@ -71,6 +71,21 @@ def bigram_model(*, layers: int = 2, noise: float = 1e-4, seed: int = 0) -> Llam
     return model.eval()
 
 
+def wide_bigram_model(*, noise: float = 1e-4) -> LlamaForCausalLM:
+    """The model with two attention heads, of a width that vLLM has kernels for on a CPU."""
+    narrow = bigram_model(noise=noise)
+    narrow.config.head_dim = 32
+    narrow.config.num_attention_heads = narrow.config.num_key_value_heads = 2
+    wide = LlamaForCausalLM(narrow.config).eval()
+    weights = {
+        name: tensor for name, tensor in narrow.state_dict().items() if "self_attn" not in name
+    }
+    assert all("self_attn" in name for name in wide.load_state_dict(weights, strict=False)[0])
+    for layer in wide.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=noise)
+    return wide
+
+
 def bigram_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, words separated by spaces."""
     tokenizer = Tokenizer(

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 import transformers
@@ -28,7 +28,6 @@ from trainer.fsdp import (
     MainRankFailedError,
     any_rank,
     from_main_rank,
-    full_tensors,
     gather_in_order,
     start_world,
     stop_world,
@@ -71,11 +70,13 @@ def train(run: Run) -> None:
             scored_PG = gather_in_order(run.world, scoring.finish(completions_PG))
             require_finite_logprobs(scored_PG, step)
         stop_if_asked(run)
+        run.sampler.release_memory()
         with clock.phase("update"):
             update_metrics = policy_update(with_advantages(scored_PG, config), step)
-            run.sampler.load_weights(full_tensors(run.policy.weights()))
             reset_reference_if_due(run, step)
         run.completed = step
+        with clock.phase("sync"):
+            run.sync_sampler()
         metrics = sample_metrics(scored_PG) | clock.metrics(count_tokens(scored_PG))
         evaluate_and_log(run, step, metrics | update_metrics, scored_PG)
         if run.is_due(step, config.checkpoint.save_every):
@@ -219,6 +220,8 @@ def run_to_the_end(config: TrainConfig) -> None:
                 return
         else:
             run = start_run(config, world, store, checkpoint)
+            # To the end: vLLM takes the process group with it.
+            stack.enter_context(closing(run.sampler))
             with run.stop, run.log, run.prompter.scorer:
                 train(run)
             checkpoint = store.path(run.completed)

@@ -1,4 +1,4 @@
-"""What samples completions: the interface, and the one implementation there is.
+"""What samples completions: the interface of the samplers in this folder.
 
 Token ids, never text, cross from here to the update, together with the sampler's own
 log-probabilities.
@@ -23,13 +23,27 @@ class Completion:
     temperature and within the nucleus."""
     finish_reason: Literal["stop", "length"]
     """Ended by itself (end token or stop string), or cut at the budget."""
+    weights_step: int = 0
+    """Step after which the policy had the weights that sampled its first token."""
+
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""A pass over full tensors under their Hugging Face names. Sharded weights are gathered on the way,
+so all ranks go through it together."""
 
 
 class Sampler(Protocol):
-    """Samples completions from the weights it was last given."""
+    """Samples completions from the weights it was last given. All ranks call its methods together,
+    each with prompts of its own."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes new weights, each a full tensor under its Hugging Face name."""
+    def load_weights(self, weights: Weights, step: int) -> None:
+        """Takes the weights that the policy has after a step."""
+
+    def release_memory(self) -> None:
+        """Gives accelerator memory to the update; the next `load_weights` takes it back."""
+
+    def close(self) -> None:
+        """Ends what runs for it."""
 
     def generate(
         self,

@@ -10,7 +10,7 @@ decoded, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainer.config import UsageError
-from trainer.rollout import Completion
+from trainer.rollout import Completion, Weights
 from trainer.seeds import uniforms
 from trainer.templates import Template
 
@@ -144,11 +144,19 @@ class TransformersSampler:
         self.ends_V = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.ends_V[sorted(end_ids)] = True
         self.may_end_stop_V = self._tokens_holding_last_characters(vocabulary)
+        self.weights_step = 0
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes new weights, each a full tensor under its Hugging Face name."""
-        for name, tensor in weights:
+    def load_weights(self, weights: Weights, step: int) -> None:
+        """Takes the weights that the policy has after a step."""
+        for name, tensor in weights():
             self.parameters[name].copy_(tensor)
+        self.weights_step = step
+
+    def release_memory(self) -> None:
+        """Does nothing: the replica stays where it is."""
+
+    def close(self) -> None:
+        """Does nothing: nothing runs."""
 
     @torch.inference_mode()
     def generate(
@@ -176,7 +184,7 @@ class TransformersSampler:
                 [prompts[index] for index in chosen], keys_PG[chosen], max_new_tokens
             )
             self._decode(logits_BV, state, temperature, top_p)
-            rows = _completions(state)
+            rows = _completions(state, self.weights_step)
             is_last = start + prompts_per_batch >= len(prompts)
             for place, index in enumerate(chosen):
                 completions[index] = rows[place * group_size : (place + 1) * group_size]
@@ -349,13 +357,14 @@ def nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(kept_BV).scatter_(1, order_BV, kept_BV)
 
 
-def _completions(state: _DecodeState) -> list[Completion]:
+def _completions(state: _DecodeState, weights_step: int) -> list[Completion]:
     token_ids_RT, logprobs_RT = state.token_ids_RT.cpu().numpy(), state.logprobs_RT.cpu().numpy()
     return [
         Completion(
             token_ids=token_ids_RT[row, :length].copy(),
             logprobs=logprobs_RT[row, :length].copy(),
             finish_reason="stop" if stopped else "length",
+            weights_step=weights_step,
         )
         for row, (length, stopped) in enumerate(
             zip(state.lengths_R.tolist(), state.stopped_R.tolist(), strict=True)
