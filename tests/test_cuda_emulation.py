@@ -1,10 +1,12 @@
 """The emulation that the CUDA kernels are tested with finds the faults that it is there to find."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulation.emulator import Emulator, build_examples, compiler
+from cuda_emulation.emulator import HERE, SOURCES, Emulator, build_examples, compiler
 from torch import Tensor
 
 if compiler() is None:
@@ -21,7 +23,8 @@ FAULTS = {
     "store_without_fence": "that a thread did not fence",
     "write_beyond_shared": "a write beyond the dynamic shared memory of block 0",
     "exchange": None,
-    "leave_before_peer_writes": "shared memory of a block of the cluster that has ended",
+    "send_before_start": "an mbarrier is used that was not initialised",
+    "leave_before_arrival": "a block ended before all that it was sent had arrived",
 }
 
 
@@ -72,3 +75,12 @@ def test_same_seed_gives_the_same_order(examples: Emulator) -> None:
         examples.seed(5)
         results.append(run_example(examples, "reverse", faulty=True)[2])
     assert torch.equal(*(result.nan_to_num(-1.0) for result in results))
+
+
+def test_emulation_replaces_every_primitive() -> None:
+    def functions(header: Path) -> set[str]:
+        return set(re.findall(r"\binline [\w ]+[ *](\w+)\(", header.read_text()))
+
+    hardware = functions(SOURCES / "cuda" / "primitives.h")
+    assert len(hardware) > 20
+    assert hardware - functions(HERE / "primitives.h") <= {"shared_address"}

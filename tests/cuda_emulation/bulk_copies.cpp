@@ -36,6 +36,12 @@ void store(uint64_t* barrier, BarrierState state) {
   std::memcpy(barrier, &state, sizeof(state));
 }
 
+void arrived(uint64_t* barrier, int bytes) {
+  BarrierState state = load(barrier);
+  state.bytes -= bytes;
+  store(barrier, state);
+}
+
 void check_copy(const void* shared, const void* global, int bytes) {
   if (bytes <= 0 || bytes % kBulkAlignment || reinterpret_cast<uintptr_t>(shared) % kBulkAlignment ||
       reinterpret_cast<uintptr_t>(global) % kBulkAlignment) {
@@ -92,16 +98,31 @@ void barrier_wait(uint64_t* barrier, int parity) {
   }
 }
 
+void send_to_block(void* shared, int rank, const void* from, int bytes, uint64_t* barrier) {
+  if (!in_dynamic_shared(*current->block, shared, static_cast<size_t>(bytes))) {
+    fail("a send beyond the dynamic shared memory of a block");
+  }
+  void* to = in_peer(shared, static_cast<unsigned>(rank));
+  uint64_t* counting = static_cast<uint64_t*>(in_peer(barrier, static_cast<unsigned>(rank)));
+  Block* receiver = current->block->cluster->blocks[static_cast<size_t>(rank)];
+  const char* first = static_cast<const char*>(from);
+  const std::vector<char> sent(first, first + bytes);
+  ++receiver->arriving;
+  do_later([=] {
+    std::memcpy(to, sent.data(), sent.size());
+    --receiver->arriving;
+    arrived(counting, bytes);
+  });
+}
+
 void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier) {
   check_copy(shared, global, bytes);
   Block* block = current->block;
-  ++block->loads_under_way;
+  ++block->arriving;
   do_later([=] {
     std::memcpy(shared, global, static_cast<size_t>(bytes));
-    --block->loads_under_way;
-    BarrierState state = load(barrier);
-    state.bytes -= bytes;
-    store(barrier, state);
+    --block->arriving;
+    arrived(barrier, bytes);
   });
 }
 

@@ -13,6 +13,9 @@ void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(uint64_t* barrier, int expected_bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 
+// Writes to where `shared` lies in block `rank` of the cluster, counted on its `barrier`.
+void send_to_block(void* shared, int rank, const void* from, int bytes, uint64_t* barrier);
+
 void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier);
 void bulk_store(void* global, const void* shared, int bytes);
 void bulk_close_group();

@@ -85,28 +85,50 @@ void write_beyond_shared(bool faulty, const float* in, float* out) {
   out[thread_index()] = 2.0f * in[kThreads - 1 - thread_index()];
 }
 
-// Run by a cluster of two blocks: each writes its half of the row to both.
+// Run by a cluster of two blocks: each sends its half of the row to both.
 void exchange(bool faulty, const float* in, float* out) {
-  const int packs = kThreads / 4, own = thread_index() % (packs / 2) + cluster_rank() * packs / 2;
+  set_up_barrier();
   cluster_arrive();
   cluster_wait();
-  Pack pack;
-  std::memcpy(&pack, in + 4 * own, sizeof(pack));
-  if (thread_index() < packs) store_to_block(reinterpret_cast<Pack*>(row()) + own,
-                                             thread_index() / (packs / 2), pack);
-  cluster_arrive();
-  if (!faulty) cluster_wait();
+  constexpr int kPacks = kThreads / 4, kHalf = kPacks / 2;
+  if (thread_index() < kPacks) {
+    const int own = thread_index() % kHalf + cluster_rank() * kHalf;
+    Pack pack;
+    std::memcpy(&pack, in + 4 * own, sizeof(pack));
+    send_to_block(reinterpret_cast<Pack*>(row()) + own, thread_index() / kHalf, pack, barrier());
+  }
+  if (thread_index() == 0) barrier_arrive_expecting(barrier(), kRowBytes);
+  if (!faulty) barrier_wait(barrier(), 0);
   out[thread_index()] = 2.0f * row()[kThreads - 1 - thread_index()];
-  if (faulty) cluster_wait();
+  if (faulty) barrier_wait(barrier(), 0);
 }
 
-void leave_before_peer_writes(bool faulty, const float* in, float* out) {
+void send_before_start(bool faulty, const float* in, float* out) {
+  set_up_barrier();
+  cluster_arrive();
+  if (!faulty) cluster_wait();
+  if (thread_index() == 0) {
+    Pack pack = {};
+    send_to_block(reinterpret_cast<Pack*>(row()), 1 - cluster_rank(), pack, barrier());
+    barrier_arrive_expecting(barrier(), sizeof(pack));
+    barrier_wait(barrier(), 0);
+  }
+  if (faulty) cluster_wait();
   out[thread_index()] = 2.0f * in[kThreads - 1 - thread_index()];
-  Pack pack = {};
-  if (cluster_rank() == 1) store_to_block(reinterpret_cast<Pack*>(row()), 0, pack);
-  if (faulty) return;
+}
+
+void leave_before_arrival(bool faulty, const float* in, float* out) {
+  set_up_barrier();
   cluster_arrive();
   cluster_wait();
+  Pack pack = {};
+  if (cluster_rank() == 1 && thread_index() == 0) {
+    send_to_block(reinterpret_cast<Pack*>(row()), 0, pack, barrier());
+  }
+  out[thread_index()] = 2.0f * in[kThreads - 1 - thread_index()];
+  if (faulty || cluster_rank() == 1) return;
+  if (thread_index() == 0) barrier_arrive_expecting(barrier(), sizeof(pack));
+  barrier_wait(barrier(), 0);
 }
 
 struct Example {
@@ -124,8 +146,9 @@ constexpr Example kExamples[] = {
     {"overwrite_before_read", overwrite_before_read, 1, kRowBytes},
     {"store_without_fence", store_without_fence, 1, kRowBytes},
     {"write_beyond_shared", write_beyond_shared, 1, kRowBytes},
-    {"exchange", exchange, 2, kRowBytes},
-    {"leave_before_peer_writes", leave_before_peer_writes, 2, kRowBytes},
+    {"exchange", exchange, 2, kRowBytes + 8},
+    {"send_before_start", send_before_start, 2, kRowBytes + 8},
+    {"leave_before_arrival", leave_before_arrival, 2, kRowBytes + 8},
 };
 
 }  // namespace

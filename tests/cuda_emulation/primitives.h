@@ -25,6 +25,8 @@ struct alignas(16) Pack {
 // --- Threads ---
 
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline int warp_index() { return thread_index() / kWarpSize; }
+inline int lane_index() { return thread_index() % kWarpSize; }
 inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline int block_count() { return static_cast<int>(gridDim.x); }
 inline char* shared_memory() { return emulation::current->block->dynamic_base; }
@@ -36,7 +38,7 @@ inline void block_sync() {
 inline void warp_sync() { __syncwarp(); }
 
 template <class Value>
-Value from_lane_across(Value value, int mask) {
+inline Value from_lane_across(Value value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 
@@ -113,10 +115,6 @@ inline int cluster_size() { return static_cast<int>(emulation::launch_shape().cl
 inline void cluster_arrive() { emulation::cluster_arrive(); }
 inline void cluster_wait() { emulation::cluster_wait(); }
 
-inline void store_to_block(Pack* shared, int rank, Pack pack) {
-  *static_cast<Pack*>(emulation::in_peer(shared, static_cast<unsigned>(rank))) = pack;
-}
-
 using Barrier = uint64_t;
 
 inline void barrier_init(Barrier* barrier, int arrivals) {
@@ -130,6 +128,10 @@ inline void barrier_wait(Barrier* barrier, int parity) {
   emulation::barrier_wait(barrier, parity);
 }
 
+inline void send_to_block(Pack* shared, int rank, const Pack& pack, Barrier* barrier) {
+  emulation::send_to_block(shared, rank, &pack, sizeof(pack), barrier);
+}
+
 inline void bulk_load(void* shared, const void* global, int bytes, Barrier* barrier) {
   emulation::bulk_load(shared, global, bytes, barrier);
 }
@@ -138,7 +140,7 @@ inline void bulk_store(void* global, const void* shared, int bytes) {
 }
 inline void bulk_close_group() { emulation::bulk_close_group(); }
 template <int kPending>
-void bulk_wait_read() {
+inline void bulk_wait_read() {
   emulation::bulk_wait_read(kPending);
 }
 inline void fence_before_bulk() { emulation::current->fenced = true; }

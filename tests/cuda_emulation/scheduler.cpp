@@ -129,7 +129,7 @@ class Launch {
   }
 
   void check_end(const Block& block) const {
-    if (block.loads_under_way > 0) throw Failure("a block ended before its bulk load had arrived");
+    if (block.arriving > 0) throw Failure("a block ended before all that it was sent had arrived");
     for (const auto& fiber : block.fibers) {
       for (unsigned unread : fiber->unread_by_group) {
         if (unread > 0) throw Failure("a block ended before its bulk store had read");

@@ -83,7 +83,8 @@ struct Block {
   // Whether all threads fenced before the barrier's last round.
   bool all_fenced = false;
   uint64_t noted_round = 0;
-  unsigned loads_under_way = 0;
+  // Copies to its shared memory that are under way.
+  unsigned arriving = 0;
   std::map<std::pair<unsigned, unsigned>, WarpExchange> warps;  // by warp and mask
   std::vector<char> dynamic_shared;
   char* dynamic_base = nullptr;
