@@ -2,7 +2,6 @@
 
 #include <ucontext.h>
 
-#include <condition_variable>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -18,7 +17,7 @@ Dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 64 << 10;
 // Blocks of this many clusters are under way at a time, as on a device with few multiprocessors.
 constexpr unsigned kResidentClusters = 3;
 // What is never written holds a NaN in every float format.
@@ -32,6 +31,8 @@ constexpr unsigned kMostIdleYields = 1 << 20;
 uint64_t launch_seed = 0;
 Launch* active = nullptr;
 std::map<const void*, std::vector<Fiber*>> sleepers;
+// Stacks of fibers that have ended: mapping memory anew takes longer than most kernels.
+std::vector<std::unique_ptr<char[]>> spare_stacks;
 thread_local char static_anchor;
 
 struct Failure : std::runtime_error {
@@ -60,9 +61,9 @@ class Launch {
   void run() {
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      if (!blocks_.empty()) holder_ = blocks_.front().get();
-      changed_.notify_all();
-      changed_.wait(lock, [&] { return ended_; });
+      holder_ = blocks_.front().get();
+      holder_->turn.notify_one();
+      over_.wait(lock, [&] { return ended_; });
     }
     for (std::thread& thread : threads_) thread.join();
     if (!failure_.empty()) throw Failure(failure_);
@@ -71,8 +72,7 @@ class Launch {
   void fail(const std::string& message) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (failure_.empty()) failure_ = message;
-    ended_ = true;
-    changed_.notify_all();
+    end();
   }
 
   void do_later(std::function<void()> copy) {
@@ -87,7 +87,7 @@ class Launch {
     if (++idle_yields_ > kMostIdleYields) {
       throw Failure(std::string("nothing happens any more, while threads poll: ") + what);
     }
-    std::vector<Fiber*>& ready = current->block->ready;
+    std::deque<Fiber*>& ready = current->block->ready;
     ready.insert(order_ == Order::kLastFirst ? ready.begin() : ready.end(), current);
     stepped_back_ = true;
   }
@@ -155,7 +155,9 @@ class Launch {
       fiber->rank = rank;
       fiber->thread = {rank % shape.block.x, rank / shape.block.x % shape.block.y,
                        rank / shape.block.x / shape.block.y};
-      fiber->stack.reset(new char[kStackBytes]);
+      if (spare_stacks.empty()) spare_stacks.emplace_back(new char[kStackBytes]);
+      fiber->stack = std::move(spare_stacks.back());
+      spare_stacks.pop_back();
       block.ready.push_back(fiber.get());
       block.fibers.push_back(std::move(fiber));
     }
@@ -225,7 +227,7 @@ class Launch {
 
   bool wait_for_baton(Block& block) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return ended_ || holder_ == &block; });
+    block.turn.wait(lock, [&] { return ended_ || holder_ == &block; });
     return !ended_;
   }
 
@@ -278,19 +280,18 @@ class Launch {
   }
 
   Fiber* take(Block& block) {
-    std::vector<Fiber*>& ready = block.ready;
-    size_t which = 0;
-    if (order_ == Order::kLastFirst) which = ready.size() - 1;
-    if (order_ == Order::kRandom) which = random_() % ready.size();
-    Fiber* fiber = ready[which];
-    ready.erase(ready.begin() + static_cast<ptrdiff_t>(which));
+    std::deque<Fiber*>& ready = block.ready;
+    if (order_ == Order::kRandom) std::swap(ready.front(), ready[random_() % ready.size()]);
+    const bool last = order_ == Order::kLastFirst;
+    Fiber* fiber = last ? ready.back() : ready.front();
+    last ? ready.pop_back() : ready.pop_front();
     return fiber;
   }
 
   void hand_over(Block& next) {
     std::lock_guard<std::mutex> lock(mutex_);
     holder_ = &next;
-    changed_.notify_all();
+    next.turn.notify_one();
   }
 
   // A block has ended: the next cluster starts once all blocks of its own have.
@@ -298,14 +299,19 @@ class Launch {
     for (size_t i = 0; i < resident_.size(); ++i) {
       if (resident_[i] == &block) resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
     }
-    for (auto& fiber : block.fibers) fiber->stack.reset();
+    for (auto& fiber : block.fibers) spare_stacks.push_back(std::move(fiber->stack));
     std::vector<char>().swap(block.dynamic_shared);
     if (--block.cluster->blocks_left == 0 && clusters_left_to_start_ > 0) start_cluster();
     if (!resident_.empty()) return hand_over(*choose_block(block));
     while (!copies_under_way_.empty()) move_one_copy();
     std::lock_guard<std::mutex> lock(mutex_);
+    end();
+  }
+
+  void end() {
     ended_ = true;
-    changed_.notify_all();
+    over_.notify_all();
+    for (auto& block : blocks_) block->turn.notify_all();
   }
 
   std::string deadlock_report() const {
@@ -323,7 +329,7 @@ class Launch {
   }
 
   std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable over_;
   Block* holder_ = nullptr;
   bool ended_ = false;
   std::string failure_;

@@ -9,8 +9,10 @@
 // __shared__ stands for; a baton lets one of these threads run at a time.
 #pragma once
 
+#include <condition_variable>
 #include <csetjmp>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -73,11 +75,13 @@ struct Fiber {
 
 struct Block {
   Launch* launch = nullptr;
+  // Told when its operating-system thread may run.
+  std::condition_variable turn;
   Cluster* cluster = nullptr;
   Dim3 index;
   unsigned rank_in_cluster = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Fiber*> ready;
+  std::deque<Fiber*> ready;
   unsigned unfinished = 0;
   Meeting barrier;
   // Whether all threads fenced before the barrier's last round.
