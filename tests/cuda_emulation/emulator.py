@@ -34,6 +34,10 @@ FLAGS = [
 ]
 
 
+# Compute capabilities of the devices: 2 multiprocessors, 7, 2 and 3.
+DEVICES = {0: "9.0", 1: "9.0", 2: "8.0", 3: "10.0"}
+
+
 @dataclass(frozen=True, slots=True)
 class Emulator:
     """Compiled kernels and what decides how they run."""
@@ -45,10 +49,6 @@ class Emulator:
     def seed(self, seed: int) -> None:
         """Decides the order of threads and bulk copies; 0 is the order a reader expects."""
         self.library.emulation_set_seed(ctypes.c_uint64(seed))
-
-    def device(self, major: int, *, multiprocessors: int = 2) -> None:
-        """The compute capability and the size of the device that host code sees."""
-        self.library.emulation_set_device(major, 0, multiprocessors)
 
 
 def compiler() -> str | None:

@@ -1,5 +1,5 @@
 // The part of the CUDA runtime that csrc/cuda calls. Launches run at once, in the calling thread's
-// time; there is one device, whose properties tests may set.
+// time, on one of a few small devices.
 #pragma once
 
 #include <cstdlib>
@@ -54,13 +54,22 @@ constexpr size_t kSharedBytesWithoutOptIn = 48 << 10;
 constexpr size_t kReservedSharedBytes = 1 << 10;
 
 struct Device {
-  int major = 9, minor = 0;
-  int multiprocessors = 2;
-  int shared_bytes_per_block = 227 << 10;
-  int shared_bytes = 228 << 10;
+  int major;
+  int multiprocessors;
+  int shared_bytes_per_block;
+  int shared_bytes;
 };
 
-inline Device device;
+constexpr Device kDevices[] = {
+    {9, 2, 227 << 10, 228 << 10},
+    {9, 7, 227 << 10, 228 << 10},
+    {8, 2, 163 << 10, 164 << 10},
+    {10, 3, 227 << 10, 228 << 10},
+};
+constexpr int kNumDevices = sizeof(kDevices) / sizeof(Device);
+
+inline int current_device = 0;
+inline const Device& device() { return kDevices[current_device]; }
 inline std::string last_failure;
 inline std::map<const void*, size_t> allowed_shared_bytes;
 
@@ -85,18 +94,20 @@ inline unsigned cluster_size(const cudaLaunchConfig_t& config) {
 inline int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
   const int by_threads = 2048 / threads;
   const int by_shared =
-      static_cast<int>(static_cast<size_t>(device.shared_bytes) / (shared_bytes + kReservedSharedBytes));
+      static_cast<int>(static_cast<size_t>(device().shared_bytes) / (shared_bytes + kReservedSharedBytes));
   return std::min(by_threads, by_shared);
 }
 
 }  // namespace emulation
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::current_device;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device >= emulation::kNumDevices) return cudaErrorInvalidDevice;
+  emulation::current_device = device;
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -111,22 +122,23 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return emulation::last_failure.c_str();
   }
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
+  const emulation::Device& device = emulation::kDevices[number];
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = emulation::device.multiprocessors;
+      *value = device.multiprocessors;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = emulation::device.major;
+      *value = device.major;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = emulation::device.minor;
+      *value = 0;
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = emulation::device.shared_bytes;
+      *value = device.shared_bytes;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = emulation::device.shared_bytes_per_block;
+      *value = device.shared_bytes_per_block;
       break;
   }
   return cudaSuccess;
@@ -134,7 +146,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value > emulation::device.shared_bytes_per_block) return cudaErrorInvalidValue;
+  if (value > emulation::device().shared_bytes_per_block) return cudaErrorInvalidValue;
   emulation::allowed_shared_bytes[emulation::key(kernel)] = static_cast<size_t>(value);
   return cudaSuccess;
 }
@@ -148,7 +160,7 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
                                            const cudaLaunchConfig_t* config) {
   const int threads = static_cast<int>(config->blockDim.count());
-  const int blocks = emulation::device.multiprocessors *
+  const int blocks = emulation::device().multiprocessors *
                      emulation::blocks_per_multiprocessor(threads, config->dynamicSmemBytes);
   *clusters = blocks / static_cast<int>(emulation::cluster_size(*config));
   return cudaSuccess;
@@ -164,7 +176,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned cluster = emulation::cluster_size(*config);
   const bool portable = cluster <= 8 && (cluster & (cluster - 1)) == 0;
   if (config->gridDim.count() == 0 || config->blockDim.count() > 1024 || !portable ||
-      config->gridDim.x % cluster || (cluster > 1 && emulation::device.major < 9) ||
+      config->gridDim.x % cluster || (cluster > 1 && emulation::device().major < 9) ||
       config->dynamicSmemBytes > emulation::allowed_for(emulation::key(kernel))) {
     return cudaErrorInvalidValue;
   }
