@@ -19,6 +19,15 @@ from trainer.rewards import CodeGrader, Limits  # noqa: E402
 BACKENDS = ("reference", "cpp", "triton")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `gpu` what a GPU runs here: where there is one, all tests of backends that use it."""
+    on_gpu = ("triton", "cuda") if torch.cuda.is_available() else ()
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("backend") in on_gpu:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; one that cannot run here skips with its reason."""
