@@ -17,8 +17,10 @@ from setuptools.command.build_ext import build_ext
 
 # z must be rounded before the row maximum is subtracted, so products are contracted by hand only.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+KERNEL_HEADERS = [*HEADERS, *sorted(glob("csrc/cuda/*.cuh"))]
 
 
 def find_nvcc() -> str | None:
@@ -73,7 +75,7 @@ class BuildExtensions(build_ext):
         """Compiles one .cu file and returns the path of its object."""
         target = Path(self.build_temp, source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags = [*NVCC_FLAGS, "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         self.spawn([nvcc, *flags, *gencode_flags(), "-c", source, "-o", str(target)])
         return str(target)
 
@@ -88,11 +90,11 @@ native = Pybind11Extension(
 )
 cuda = Pybind11Extension(
     "kernels._cuda",
-    ["csrc/cuda/bindings.cpp", "csrc/cuda/row_stats.cu"],
+    ["csrc/cuda/bindings.cpp", *sorted(glob("csrc/cuda/*.cu"))],
     cxx_std=17,
     extra_compile_args=["-O2", "-Wall", "-Wextra"],
     libraries=["cudart_static", "dl", "rt", "pthread"],
-    depends=HEADERS,
+    depends=KERNEL_HEADERS,
 )
 
 ParallelCompile(default=0).install()

@@ -1,7 +1,9 @@
 // Python module kernels._native. Tensors arrive as addresses, sizes and strides: no torch header,
 // so one build serves every torch version. kernels/native_backend.py is its only caller.
+#include "bind_spec.h"
 #include "bind_views.h"
 #include "cpu/row_ops.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 using namespace onepass;
@@ -12,56 +14,6 @@ void check_same_shape(const LogitsView& logits, const LogitsView& out) {
   check_equal("rows of out", logits.num_rows(), out.num_rows());
   check_equal("columns of out", logits.width, out.width);
   check_equal("element size of out", logits.element_size(), out.element_size());
-}
-
-void bind_loss_spec(py::module_& module) {
-  py::enum_<Surrogate>(module, "Surrogate")
-      .value("clip", Surrogate::kClip)
-      .value("cispo", Surrogate::kCispo)
-      .value("sapo", Surrogate::kSapo)
-      .value("reinforce", Surrogate::kReinforce);
-  py::enum_<KlEstimator>(module, "KlEstimator")
-      .value("none", KlEstimator::kNone)
-      .value("k1", KlEstimator::kK1)
-      .value("k2", KlEstimator::kK2)
-      .value("k3", KlEstimator::kK3);
-  py::enum_<Aggregation>(module, "Aggregation")
-      .value("sequence_mean", Aggregation::kSequenceMean)
-      .value("token_mean", Aggregation::kTokenMean)
-      .value("sequence_sum", Aggregation::kSequenceSum)
-      .value("constant", Aggregation::kConstant)
-      .value("sum", Aggregation::kSum);
-  py::enum_<AdvantageScale>(module, "AdvantageScale")
-      .value("group", AdvantageScale::kGroup)
-      .value("batch", AdvantageScale::kBatch)
-      .value("none", AdvantageScale::kNone);
-  py::enum_<SamplerCorrection>(module, "SamplerCorrection")
-      .value("none", SamplerCorrection::kNone)
-      .value("token_truncate", SamplerCorrection::kTokenTruncate)
-      .value("token_mask", SamplerCorrection::kTokenMask)
-      .value("sequence_truncate", SamplerCorrection::kSequenceTruncate)
-      .value("sequence_mask", SamplerCorrection::kSequenceMask);
-  py::class_<LossSpec>(module, "LossSpec")
-      .def(py::init<>())
-      .def_readwrite("surrogate", &LossSpec::surrogate)
-      .def_readwrite("clip_low", &LossSpec::clip_low)
-      .def_readwrite("clip_high", &LossSpec::clip_high)
-      .def_readwrite("dual_clip", &LossSpec::dual_clip)
-      .def_readwrite("ratio_cap", &LossSpec::ratio_cap)
-      .def_readwrite("sapo_temperature_pos", &LossSpec::sapo_temperature_pos)
-      .def_readwrite("sapo_temperature_neg", &LossSpec::sapo_temperature_neg)
-      .def_readwrite("kl", &LossSpec::kl)
-      .def_readwrite("kl_weight", &LossSpec::kl_weight)
-      .def_readwrite("kl_ratio_weighted", &LossSpec::kl_ratio_weighted)
-      .def_readwrite("entropy_weight", &LossSpec::entropy_weight)
-      .def_readwrite("aggregation", &LossSpec::aggregation)
-      .def_readwrite("max_tokens", &LossSpec::max_tokens)
-      .def_readwrite("advantage_scale", &LossSpec::advantage_scale)
-      .def_readwrite("advantage_ddof", &LossSpec::advantage_ddof)
-      .def_readwrite("advantage_eps", &LossSpec::advantage_eps)
-      .def_readwrite("sampler_correction", &LossSpec::sampler_correction)
-      .def_readwrite("sampler_low", &LossSpec::sampler_low)
-      .def_readwrite("sampler_high", &LossSpec::sampler_high);
 }
 
 void bind_row_ops(py::module_& module) {
@@ -123,6 +75,25 @@ void bind_policy_loss(py::module_& module) {
       py::arg("metrics"), py::arg("grad").none(true), py::arg("threads"));
 }
 
+// How a GPU would take these rows: decided on the host, and so testable where there is none.
+void bind_row_plan(py::module_& module) {
+  py::class_<RowPlan>(module, "RowPlan")
+      .def_readonly("resident", &RowPlan::resident)
+      .def_readonly("aligned", &RowPlan::aligned)
+      .def_readonly("rows", &RowPlan::rows)
+      .def_readonly("parts", &RowPlan::parts)
+      .def_readonly("part_columns", &RowPlan::part_columns)
+      .def_readonly("slot_bytes", &RowPlan::slot_bytes)
+      .def_readonly("shared_bytes", &RowPlan::shared_bytes);
+  module.def(
+      "plan_rows",
+      [](const LogitsView& logits, const LogitsView* grad, int major, int shared_per_block) {
+        return plan_rows(logits, grad, {major, shared_per_block});
+      },
+      py::arg("logits"), py::arg("grad").none(true), py::kw_only(), py::arg("major"),
+      py::arg("shared_per_block"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -131,6 +102,7 @@ PYBIND11_MODULE(_native, module) {
   bind_views(module);
   bind_row_ops(module);
   bind_policy_loss(module);
+  bind_row_plan(module);
   module.def("supported_cpu_levels", &supported_cpu_levels);
   module.def("cpu_level", &cpu_level);
   module.def("set_cpu_level", &set_cpu_level);

@@ -22,4 +22,12 @@ void check_at_least(const char* name, Bound bound, Got got) {
   }
 }
 
+template <class Bound, class Got>
+void check_at_most(const char* name, Bound bound, Got got) {
+  if (!(got <= bound)) {
+    throw std::invalid_argument(std::string(name) + ": expected at most " + std::to_string(bound) +
+                                ", got " + std::to_string(got));
+  }
+}
+
 }  // namespace onepass

@@ -45,7 +45,7 @@ struct LossSpec {
   double sampler_high = INFINITY;
 };
 
-// Rewards of one group, NaN left out. Two passes: sum of squares around the mean.
+// Rewards of one group, NaN left out.
 struct GroupStats {
   double mean = 0.0;
   double squares = 0.0;
@@ -53,10 +53,12 @@ struct GroupStats {
   bool has_spread = false;
 };
 
-ONEPASS_HOST_DEVICE inline GroupStats group_stats(const double* rewards, int64_t size) {
+// Of rewards[begin] to rewards[end]. Two passes: sum of squares around the mean.
+template <class Rewards>
+ONEPASS_HOST_DEVICE GroupStats group_stats(const Rewards& rewards, int64_t begin, int64_t end) {
   GroupStats stats;
   double sum = 0.0, lowest = INFINITY, highest = -INFINITY;
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     if (std::isnan(rewards[i])) continue;
     sum += rewards[i];
     lowest = fmin(lowest, rewards[i]);
@@ -64,7 +66,7 @@ ONEPASS_HOST_DEVICE inline GroupStats group_stats(const double* rewards, int64_t
     ++stats.count;
   }
   stats.mean = stats.count > 0 ? sum / static_cast<double>(stats.count) : 0.0;
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     if (std::isnan(rewards[i])) continue;
     const double centred = rewards[i] - stats.mean;
     stats.squares += centred * centred;
@@ -280,5 +282,90 @@ ONEPASS_HOST_DEVICE inline TokenLoss token_loss(const Token& token, const LossSp
   loss.kept = correction > 0.0;
   return loss;
 }
+
+constexpr int kNumPolicyMetrics = 15;
+
+// NaN wins, as in torch.amin and amax.
+ONEPASS_HOST_DEVICE inline double smaller_or_nan(double a, double b) {
+  return b < a || std::isnan(b) ? b : a;
+}
+ONEPASS_HOST_DEVICE inline double larger_or_nan(double a, double b) {
+  return b > a || std::isnan(b) ? b : a;
+}
+
+// Sums over active tokens.
+struct LossTotals {
+  double value = 0.0;
+  double entropy = 0.0;
+  double kl = 0.0;
+  double log_ratio = 0.0;
+  double ratio = 0.0;
+  double sampler_gap = 0.0;
+  double active = 0.0;
+  double clipped_low = 0.0;
+  double clipped_high = 0.0;
+  double kept = 0.0;
+  double zero_gradient = 0.0;
+  double ratio_min = INFINITY;
+  double ratio_max = -INFINITY;
+  double gap_max = 0.0;
+
+  ONEPASS_HOST_DEVICE void add(const TokenLoss& loss) {
+    value += loss.value;
+    entropy += loss.entropy;
+    kl += loss.kl;
+    log_ratio += loss.log_ratio;
+    ratio += loss.ratio;
+    sampler_gap += loss.sampler_gap;
+    active += 1.0;
+    clipped_low += loss.clipped_low ? 1.0 : 0.0;
+    clipped_high += loss.clipped_high ? 1.0 : 0.0;
+    kept += loss.kept ? 1.0 : 0.0;
+    zero_gradient += loss.has_gradient() ? 0.0 : 1.0;
+    ratio_min = smaller_or_nan(ratio_min, loss.ratio);
+    ratio_max = larger_or_nan(ratio_max, loss.ratio);
+    gap_max = larger_or_nan(gap_max, loss.sampler_gap);
+  }
+
+  ONEPASS_HOST_DEVICE void merge(const LossTotals& other) {
+    value += other.value;
+    entropy += other.entropy;
+    kl += other.kl;
+    log_ratio += other.log_ratio;
+    ratio += other.ratio;
+    sampler_gap += other.sampler_gap;
+    active += other.active;
+    clipped_low += other.clipped_low;
+    clipped_high += other.clipped_high;
+    kept += other.kept;
+    zero_gradient += other.zero_gradient;
+    ratio_min = smaller_or_nan(ratio_min, other.ratio_min);
+    ratio_max = larger_or_nan(ratio_max, other.ratio_max);
+    gap_max = larger_or_nan(gap_max, other.gap_max);
+  }
+
+  // In the order of METRIC_NAMES in kernels/loss_metrics.py.
+  ONEPASS_HOST_DEVICE void write_metrics(double zero_spread_fraction, float* metrics) const {
+    const double count = fmax(active, 1.0);
+    const double values[kNumPolicyMetrics] = {
+        active,
+        entropy / count,
+        kl / count,
+        -log_ratio / count,
+        ratio / count,
+        active > 0.0 ? ratio_min : 0.0,
+        active > 0.0 ? ratio_max : 0.0,
+        (clipped_low + clipped_high) / count,
+        clipped_low / count,
+        clipped_high / count,
+        sampler_gap / count,
+        gap_max,
+        kept / count,
+        zero_gradient / count,
+        zero_spread_fraction,
+    };
+    for (int i = 0; i < kNumPolicyMetrics; ++i) metrics[i] = static_cast<float>(values[i]);
+  }
+};
 
 }  // namespace onepass

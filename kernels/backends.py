@@ -89,8 +89,7 @@ def _triton_reason() -> str | None:
 
 
 def _cuda_reason() -> str | None:
-    missing = import_module("kernels.native_backend").cuda_unavailable_reason()
-    return missing or "only its row_stats kernel exists so far; on a GPU use triton"
+    return cast(str | None, import_module("kernels.cuda_backend").unavailable_reason())
 
 
 UNAVAILABLE_REASON: dict[str, Callable[[], str | None]] = {
@@ -103,11 +102,13 @@ MODULE = {
     "reference": "kernels.reference",
     "cpp": "kernels.native_backend",
     "triton": "kernels.triton_backend",
+    "cuda": "kernels.cuda_backend",
 }
 DTYPES = {
     "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cpp": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 
@@ -132,8 +133,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name == "cpp" and not on_cpu:
         raise ValueError(f"backend 'cpp': expected logits on the CPU, got {device}")
-    if name == "triton" and on_cpu and not _triton_interprets():
-        raise ValueError(f"backend 'triton': expected logits on a GPU, got {device}")
+    if on_cpu and (name == "cuda" or (name == "triton" and not _triton_interprets())):
+        raise ValueError(f"backend {name!r}: expected logits on a GPU, got {device}")
     if dtype not in DTYPES[name]:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES[name])
         raise ValueError(f"logits: expected dtype {names} for backend {name!r}, got {dtype}")

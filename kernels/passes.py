@@ -74,9 +74,10 @@ def row_values(
 
     Collectives: with `vocab`, two all_reduces.
     """
-    stats_4N = load_backend(backend).row_stats(
-        owned_columns(logits_OIW, vocab), token_ids_N, *scaling
-    )
+    module = load_backend(backend)
+    if vocab is None and hasattr(module, "row_values"):
+        return RowValues(*module.row_values(logits_OIW, token_ids_N, *scaling))
+    stats_4N = module.row_stats(owned_columns(logits_OIW, vocab), token_ids_N, *scaling)
     return finish_stats(merge_row_stats(stats_4N, token_ids_N, vocab))
 
 

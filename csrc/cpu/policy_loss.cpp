@@ -18,11 +18,11 @@ struct SequenceAdvantages {
 SequenceAdvantages normalized_advantages(const PolicyBatch& batch, const LossSpec& spec) {
   SequenceAdvantages result;
   result.values.resize(batch.num_sequences);
-  const GroupStats whole = group_stats(batch.rewards, batch.num_sequences);
+  const GroupStats whole = group_stats(batch.rewards, 0, batch.num_sequences);
   int64_t groups = 0, without_spread = 0;
   for (int64_t start = 0; start < batch.num_sequences; start += batch.group_size) {
     const int64_t end = std::min(start + batch.group_size, batch.num_sequences);
-    const GroupStats group = group_stats(batch.rewards + start, end - start);
+    const GroupStats group = group_stats(batch.rewards, start, end);
     const GroupStats& scale = spec.advantage_scale == AdvantageScale::kBatch ? whole : group;
     for (int64_t i = start; i < end; ++i) {
       result.values[i] = advantage(batch.rewards[i], group, scale, spec);
@@ -72,62 +72,6 @@ std::vector<Token> resolve_tokens(const PolicyBatch& batch, const LossSpec& spec
     }
   }
   return tokens;
-}
-
-// NaN wins, as in torch.amin and amax.
-void lower(double& smallest, double value) {
-  if (value < smallest || std::isnan(value)) smallest = value;
-}
-void raise(double& largest, double value) {
-  if (value > largest || std::isnan(value)) largest = value;
-}
-
-// Sums in token order, in double.
-void reduce(const std::vector<TokenLoss>& losses, const PolicyBatch& batch,
-            double zero_spread_fraction, const PolicyOutputs& outputs) {
-  TokenLoss sum;
-  double low = 0.0, high = 0.0, kept = 0.0, zero_gradient = 0.0, gap_max = 0.0;
-  double ratio_min = INFINITY, ratio_max = -INFINITY;
-  int64_t active = 0;
-  for (size_t n = 0; n < losses.size(); ++n) {
-    if (batch.token_ids[n] == kIgnoredId) continue;
-    const TokenLoss& loss = losses[n];
-    ++active;
-    sum.value += loss.value;
-    sum.entropy += loss.entropy;
-    sum.kl += loss.kl;
-    sum.log_ratio += loss.log_ratio;
-    sum.ratio += loss.ratio;
-    sum.sampler_gap += loss.sampler_gap;
-    low += loss.clipped_low;
-    high += loss.clipped_high;
-    kept += loss.kept;
-    zero_gradient += !loss.has_gradient();
-    lower(ratio_min, loss.ratio);
-    raise(ratio_max, loss.ratio);
-    raise(gap_max, loss.sampler_gap);
-  }
-  if (active == 0) ratio_min = ratio_max = 0.0;
-  const double count = static_cast<double>(std::max<int64_t>(active, 1));
-  *outputs.loss = static_cast<float>(sum.value);
-  const double metrics[kNumPolicyMetrics] = {
-      static_cast<double>(active),
-      sum.entropy / count,
-      sum.kl / count,
-      -sum.log_ratio / count,
-      sum.ratio / count,
-      ratio_min,
-      ratio_max,
-      (low + high) / count,
-      low / count,
-      high / count,
-      sum.sampler_gap / count,
-      gap_max,
-      kept / count,
-      zero_gradient / count,
-      zero_spread_fraction,
-  };
-  for (int i = 0; i < kNumPolicyMetrics; ++i) outputs.metrics[i] = static_cast<float>(metrics[i]);
 }
 
 }  // namespace
@@ -191,7 +135,12 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
     backward(row, trace, grad);
     write_column(*outputs.grad, n, id, target_gradient(target, grad));
   });
-  reduce(losses, batch, advantages.zero_spread_fraction, outputs);
+  LossTotals totals;
+  for (size_t n = 0; n < losses.size(); ++n) {
+    if (batch.token_ids[n] != kIgnoredId) totals.add(losses[n]);
+  }
+  *outputs.loss = static_cast<float>(totals.value);
+  totals.write_metrics(advantages.zero_spread_fraction, outputs.metrics);
 }
 
 }  // namespace onepass

@@ -40,13 +40,11 @@ struct PolicyBatch {
   double denominator;  // 0: this batch's own count
 };
 
-constexpr int kNumPolicyMetrics = 15;
-
 struct PolicyOutputs {
   float* loss;
   float* logprobs;
   float* entropy;
-  float* metrics;          // [kNumPolicyMetrics], the order of METRIC_NAMES in reference.py
+  float* metrics;          // [kNumPolicyMetrics]
   const LogitsView* grad;  // null: no gradient
 };
 

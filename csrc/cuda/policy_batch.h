@@ -26,6 +26,12 @@ struct TokenTerms {
   double log_rho;  // summed over its sequence; 0 without old and sampler log-probs
 };
 
+// Counted over the whole batch.
+struct Counters {
+  unsigned long long active_tokens;
+  unsigned long long groups_without_spread;
+};
+
 // All on the device; a call with rewards has no advantages and the other way round.
 struct PolicyInputs {
   const int64_t* token_ids;
@@ -40,8 +46,9 @@ struct PolicyInputs {
   int64_t group_size;
   const double* denominator;  // null: this batch's own count
   // Scratch of the call.
-  TokenTerms* terms;
-  unsigned long long* num_active;
+  TokenTerms* terms;        // [num_tokens]
+  int64_t* active_lengths;  // [num_sequences]
+  Counters* counters;
 };
 
 // What a token adds to loss and metrics.
@@ -100,6 +107,21 @@ ONEPASS_HOST_DEVICE inline TokenRecord record_of(const TokenLoss& loss) {
           static_cast<float>(loss.sampler_gap),
           static_cast<float>(loss.entropy),
           flags};
+}
+
+ONEPASS_HOST_DEVICE inline TokenLoss loss_of(const TokenRecord& record) {
+  TokenLoss loss;
+  loss.value = record.loss;
+  loss.kl = record.kl;
+  loss.log_ratio = record.log_ratio;
+  loss.ratio = record.ratio;
+  loss.sampler_gap = record.sampler_gap;
+  loss.entropy = record.entropy;
+  loss.slope_logprob = record.flags & kZeroGradient ? 0.0 : 1.0;
+  loss.clipped_low = record.flags & kClippedLow;
+  loss.clipped_high = record.flags & kClippedHigh;
+  loss.kept = record.flags & kKept;
+  return loss;
 }
 
 }  // namespace onepass

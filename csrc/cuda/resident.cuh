@@ -13,12 +13,12 @@
 // and last bytes that share 16 with a neighbour are copied by plain loads and stores.
 #pragma once
 
+#include "row_slices.cuh"
 #include "row_tasks.cuh"
 
 namespace onepass {
 
 constexpr int kMaxChunks = 15;  // of the 227 KiB that a block can have
-constexpr int kBlocksPerMultiprocessor = 3;
 
 // The start of a block's shared memory; its slot follows.
 struct Scratch {
@@ -30,51 +30,9 @@ struct Scratch {
   Barrier exchanged[2];
   Barrier arrived[kMaxChunks];
 };
-constexpr int kScratchBytes = 512;
-static_assert(sizeof(Scratch) <= kScratchBytes, "three blocks of 76032 bytes a row share 228 KiB");
+static_assert(sizeof(Scratch) <= kScratchBytes, "the slot starts behind it");
 
 #if ONEPASS_HAS_CLUSTERS
-
-// A block's part of one row, in global memory and in its slot.
-struct Slice {
-  const char* from;  // first byte of its logits
-  char* to;          // of its gradient
-  int lead;          // bytes of the slot before it
-  int end;           // of the slot, where it ends
-
-  // Bytes of the slot that lie in whole, aligned packs of this row: [inner_begin, inner_end).
-  __device__ int inner_begin() const {
-    const int aligned = (lead + kPackBytes - 1) / kPackBytes * kPackBytes;
-    return aligned < end ? aligned : end;
-  }
-  __device__ int inner_end() const {
-    const int aligned = end / kPackBytes * kPackBytes;
-    return aligned > inner_begin() ? aligned : inner_begin();
-  }
-};
-
-__device__ inline Slice slice_of(const Rows& rows, const LogitsView& grad, int n, int part) {
-  const int64_t skipped = int64_t{part} * rows.part_columns * rows.logits.element_size();
-  const char* from = row_of(rows.logits, n) + skipped;
-  char* to = grad.data ? row_of(grad, n) + skipped : nullptr;
-  const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kPackBytes);
-  const int bytes = rows.columns_of(part) * static_cast<int>(rows.logits.element_size());
-  return {from, to, lead, lead + bytes};
-}
-
-// Calls copy(element) for the loose elements of a slice in bytes [begin, end) of the slot, on the
-// lanes of one warp: at most 7 before the whole packs and 7 after them.
-template <class Bits, class Copy>
-__device__ void for_loose_elements(const Slice& slice, int begin, int end, const Copy& copy) {
-  constexpr int kMost = kPackBytes / sizeof(Bits);
-  const int lane = lane_index();
-  if (lane >= 2 * kMost) return;
-  const bool before = lane < kMost;
-  const int first = before ? slice.lead : slice.inner_end();
-  const int last = before ? slice.inner_begin() : slice.end;
-  const int at = first + (lane % kMost) * static_cast<int>(sizeof(Bits));
-  if (at < last && at >= begin && at < end) copy(at);
-}
 
 // The slot of a block. Loads and stores are made by its first warp.
 template <class Bits>
@@ -170,21 +128,6 @@ __device__ void chunk_to_gradient(char* bytes, const Slice& slice, int chunk, co
   }
 }
 
-// Columns of a row that get no gradient.
-template <class Bits>
-__device__ void write_zeros(const Slice& slice) {
-  if (warp_index() == 0) {
-    for_loose_elements<Bits>(slice, 0, slice.end, [&](int at) {
-      *reinterpret_cast<Bits*>(slice.to + (at - slice.lead)) = 0;
-    });
-  }
-#pragma unroll 1
-  for (int at = slice.inner_begin() + thread_index() * kPackBytes; at < slice.inner_end();
-       at += kThreads * kPackBytes) {
-    *reinterpret_cast<Pack*>(slice.to + (at - slice.lead)) = {};
-  }
-}
-
 template <DType kType, class Scaling, class Task>
 class ResidentBlock {
  public:
@@ -220,7 +163,13 @@ class ResidentBlock {
 
   __device__ static bool is_first_warp() { return warp_index() == 0; }
 
-  __device__ Slice slice(int n) const { return slice_of(rows_, task_.gradient(), n, part_); }
+  __device__ Slice slice(int n) const {
+    const int64_t skipped = int64_t{part_} * rows_.part_columns * int64_t{sizeof(Bits)};
+    const LogitsView& grad = task_.gradient();
+    char* to = grad.data ? row_of(grad, n) + skipped : nullptr;
+    return slice_at(row_of(rows_.logits, n) + skipped, to,
+                    rows_.columns_of(part_) * int{sizeof(Bits)});
+  }
 
   // The first row from n on that is in the loss; those before it get their zeros.
   __device__ int64_t skip_ignored(int n, int stride) const {

@@ -7,18 +7,15 @@
 #pragma once
 
 #include "../logits_view.h"
+#include "plan.h"
 #include "primitives.h"
 
 namespace onepass {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPackBytes = 16;
+constexpr int kTilePacks = kTileBytes / kPackBytes;
 // Loads a thread has in flight, and folds together before it rebases its sums.
-constexpr int kPacksPerThread = 4;
-constexpr int kMaxParts = 4;
-constexpr int kTilePacks = kThreads * kPacksPerThread;
-constexpr int kTileBytes = kTilePacks * kPackBytes;
+constexpr int kPacksPerThread = kTilePacks / kThreads;
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLog2ERest = 1.92596303e-8f;
@@ -93,6 +90,13 @@ __device__ void set_column(Pack& pack, int column, uint32_t bits) {
     uint32_t& word = pack.word[i / kPerWord];
     if (i == column) word = (word & ~(kColumnMask << shift)) | bits << shift;
   }
+}
+
+template <DType kType>
+__device__ typename Elements<kType>::Bits column_bits(const Pack& pack, int column) {
+  constexpr int kPerWord = Elements<kType>::kPerWord;
+  const uint32_t word = pack.word[column / kPerWord];
+  return static_cast<typename Elements<kType>::Bits>(word >> column % kPerWord * 16);
 }
 
 // --- Scalings: z of a logit x ---

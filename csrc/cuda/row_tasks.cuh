@@ -5,6 +5,7 @@
 #include "../policy_loss.h"
 #include "policy_batch.h"
 #include "row_math.cuh"
+#include "row_ops.h"
 
 namespace onepass {
 
@@ -75,21 +76,18 @@ __device__ inline RowGrad row_grad(float max, double log_sum, double entropy, do
           coef_logprob == 0.0 && coef_entropy == 0.0};
 }
 
-// Writes float32 [4, N]: the row statistics of kernels/reference.py, or what follows from them for a
-// whole row: log-prob, entropy, maximum, log of the sum of exp(z - maximum).
+// Hands the statistics out, or what follows from them.
 struct StatsTask {
-  float* out;
-  int64_t num_rows;
-  bool finished;
+  StatsOutputs out;
 
   __device__ bool writes_gradient() const { return false; }
   __device__ LogitsView gradient() const { return {}; }
 
   __device__ void write(int n, float first, float second, float third, float fourth) const {
-    out[n] = first;
-    out[num_rows + n] = second;
-    out[2 * num_rows + n] = third;
-    out[3 * num_rows + n] = fourth;
+    out.of_rows[0][n] = first;
+    out.of_rows[1][n] = second;
+    out.of_rows[2][n] = third;
+    out.of_rows[3][n] = fourth;
   }
 
   __device__ void skip(int n) const { write(n, 0.0f, 0.0f, 0.0f, 0.0f); }
@@ -98,7 +96,7 @@ struct StatsTask {
                             bool leads) const {
     if (!leads) return {};
     const float max = isnan(others.sum) ? NAN : others.max;
-    if (finished) {
+    if (out.finished) {
       const RowValues values = row_values({others.max, others.sum, others.weighted}, target.z);
       write(n, static_cast<float>(values.logprob), static_cast<float>(values.entropy), max,
             static_cast<float>(values.log_sum));
