@@ -100,6 +100,9 @@ __device__ inline uint32_t to_f16x2(float low, float high) {
 
 // --- Clusters and bulk copies, from compute capability 9.0 on ---
 
+// A barrier in shared memory that bulk loads and sends complete. Its phases have parity 0, 1, 0...
+using Barrier = uint64_t;
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define ONEPASS_HAS_CLUSTERS 1
 #else
@@ -133,9 +136,6 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-
-// A barrier in shared memory that bulk loads and sends complete. Its phases have parity 0, 1, 0...
-using Barrier = uint64_t;
 
 // By one thread; publish_barriers and a sync come before any other thread uses it.
 __device__ inline void barrier_init(Barrier* barrier, int arrivals) {
