@@ -117,6 +117,7 @@ constexpr bool kIsPrecise = kType == DType::kFloat32;
 
 // z = inv_temperature * x.
 struct Linear {
+  static constexpr bool kKeepsMinusInfinity = true;
   float inv_temperature;
 
   __device__ Linear(float inv_temperature, float) : inv_temperature(inv_temperature) {}
@@ -131,6 +132,7 @@ struct Linear {
 
 // z = inv_temperature * softcap * tanh(x / softcap).
 struct Softcapped {
+  static constexpr bool kKeepsMinusInfinity = false;
   float inv_temperature;
   float softcap;
 
@@ -253,14 +255,20 @@ __device__ void add_tile(Sums& sums, const Part& part, int tile, const Scaling& 
   for (int i = 0; i < kPacksPerThread; ++i) {
     const int first = pack_of(tile, i) * kColumns;
     const int target = part.target - first;
-    if (target >= 0 && target < kColumns) blank<kType>(packs[i], target, target + 1);
+    if (Scaling::kKeepsMinusInfinity && target >= 0 && target < kColumns) {
+      blank<kType>(packs[i], target, target + 1);
+    }
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       float x[Elements<kType>::kPerWord];
       Elements<kType>::widen(packs[i].word[w], x);
 #pragma unroll
       for (int c = 0; c < Elements<kType>::kPerWord; ++c) {
-        const float exponent = at_least_lowest(scaling.exponent(x[c], origin));
+        float exponent = at_least_lowest(scaling.exponent(x[c], origin));
+        if constexpr (!Scaling::kKeepsMinusInfinity) {
+          const int column = first + w * Elements<kType>::kPerWord + c;
+          if (column >= part.columns || column == part.target) exponent = kLowestExponent;
+        }
         const float e = exp_of<kIsPrecise<kType>>(exponent);
         sums.sum += e;
         sums.weighted = multiply_add(exponent, e, sums.weighted);
