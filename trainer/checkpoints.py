@@ -1,112 +1,219 @@
-"""Checkpoints of a run, whole or not at all.
+"""Checkpoints of a run, whole or not at all, written while the run goes on.
 
 `checkpoints/step-00020/` holds `model/` (a Hugging Face folder with the tokenizer, weights in
-float32), `optimizer.safetensors`, `reference.safetensors` where there is a reference model,
-`state.json` and `checksums.json`. Tensors are whole, so a run may go on with another number of
-ranks. A checkpoint is written under another name, flushed to disk and renamed; one that does not
-match its checksums is passed over. Random numbers derive from seed and step (`trainer.seeds`), so
-no generator is saved.
+float32), `optimizer*.safetensors`, `reference*.safetensors` where there is a reference model,
+`state.json` and `checksums.json`. Every tensor is whole in the file of one rank, so a run may go on
+with another number of ranks, and transformers and vLLM load the model as it is. Each rank copies
+and writes its share; the files appear under another name and are renamed once all are on the disk
+(`trainer.checkpoint_writing`). A checkpoint that does not match its checksums is passed over. Random
+numbers derive from seed and step (`trainer.seeds`), so no generator is saved.
 """
 
-import hashlib
+import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from trainer.durable import flush_to_disk
-from trainer.fsdp import World, from_main_rank, full_tensors, shard_like
+from trainer.checkpoint_writing import BackgroundWriter, assign_owners, damage, numbered_name
+from trainer.config import UsageError
+from trainer.fsdp import World, from_main_rank, full_tensors, gather_in_order
+from trainer.model_loading import has_other_names_on_disk
 from trainer.policy import Policy
+from trainer.stored_tensors import StoredTensors
 
 FOLDER = "checkpoints"
-MODEL = "model"
-OPTIMIZER_FILE = "optimizer.safetensors"
-REFERENCE_FILE = "reference.safetensors"
+MODEL, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"
 STATE_FILE = "state.json"
-CHECKSUMS_FILE = "checksums.json"
 
 _NAME = re.compile(r"step-(\d{5,})")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What a run goes on from, besides tensors; `state.json`."""
+
+    step: int
+    """Completed steps: the version of the weights, and the place in the schedule."""
+    problems: int
+    """Problems drawn from the source: the place in the data."""
+    log_bytes: int
+    """Length of `metrics.jsonl`."""
+    sampler_step: int
+    """The step whose weights the sampler has."""
+    weights: str
+    """`trainer.fsdp.weights_checksum`."""
+    config: str
+    """`trainer.run_folder.config_fingerprint`."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """The state of a checkpoint.
+
+        Raises:
+            UsageError: another version of the program wrote it.
+        """
+        try:
+            return cls(**json.loads((checkpoint / STATE_FILE).read_text()))
+        except TypeError as error:
+            raise UsageError(
+                f"--run-dir: {checkpoint / STATE_FILE} is not of this version ({error})"
+            ) from error
+
+
 class CheckpointStore:
-    """The checkpoints of one run directory.
+    """The checkpoints of one run directory, which every rank must see.
+
+    All ranks call its methods together, but `path`, `steps` and `close`.
 
     Args:
         run_folder: of the run.
         keep: newest checkpoints kept.
-        world: all ranks take part in saving; the main rank writes.
+        world: the ranks, which share the copies and the files.
     """
 
     def __init__(self, run_folder: Path, *, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = run_folder / FOLDER, keep, world
+        self._writer = BackgroundWriter(world)
+        # Kept from save to save, because copying into new memory takes several times as long.
+        self._copies: dict[str, Tensor] = {}
 
     def latest(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that matches its checksums; `warn` gets a sentence for each that
-        does not."""
-        for path in reversed(self._paths()):
-            damage = _damage(path)
-            if damage is None:
+        """The newest checkpoint that matches its checksums, each rank having read its share of the
+        files; `warn` gets a sentence, on the main rank, for each that does not.
+
+        Collectives: one broadcast, and one all-gather for each checkpoint read.
+        """
+        for step in reversed(from_main_rank(self.world, self.steps)):
+            path = self.path(step)
+            damages = gather_in_order(self.world, [damage(path, self.world)])
+            what = next(filter(None, damages), None)
+            if what is None:
                 return path
-            warn(f"{path} is damaged ({damage}); going on without it")
+            if self.world.is_main:
+                warn(f"{path} is damaged ({what}); going on without it")
         return None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
         return self.folder / f"step-{step:05d}"
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in order."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(map(step_of, found))
+
     def save(
         self,
-        step: int,
+        state: RunState,
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         reference: Policy | None,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """Writes the checkpoint of a completed step and drops the oldest ones.
+    ) -> float:
+        """Copies the state of a completed step; it is written in the background, and the oldest
+        checkpoints are dropped after it.
 
-        Collectives: one all-gather per sharded tensor, and one broadcast.
+        Returns: seconds it waited for the checkpoint before to be on the disk, 0 if it was.
+
+        Raises:
+            CheckpointError: that one could not be written.
+
+        Collectives: one all-gather per sharded tensor, and a few small ones.
         """
-        path = self.path(step)
-        weights = self._collect(_distinct_state(policy))
-        moments = self._collect(_optimizer_state(policy, optimizer))
-        references = self._collect(reference.weights()) if reference is not None else {}
+        started, is_waiting = time.perf_counter(), not self._writer.is_idle
+        self.wait()
+        waited = time.perf_counter() - started if is_waiting else 0.0
+        path = self.path(state.step)
+        partial = path.with_name(f".{path.name}.partial")
+        weights, is_renamed = _distinct_state(policy), has_other_names_on_disk(policy.model)
+        # Renaming may regroup weights, so it takes all of them.
+        ranks = 1 if is_renamed else self.world.size
+        owners = assign_owners({name: tensor.nbytes for name, tensor in weights}, ranks)
 
-        def write() -> None:
-            temporary = path.with_name(f".{path.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            policy.model.save_pretrained(temporary / MODEL, state_dict=weights)
-            tokenizer.save_pretrained(temporary / MODEL)
-            save_file(moments, temporary / OPTIMIZER_FILE)
-            if reference is not None:
-                save_file(references, temporary / REFERENCE_FILE)
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step}) + "\n")
-            _publish(temporary, path)
-            for old in self._paths()[: -self.keep]:
-                shutil.rmtree(old)
+        def prepare() -> None:
+            for left in self.folder.glob(".*.partial"):
+                shutil.rmtree(left)
+            (partial / MODEL).mkdir(parents=True)
+            (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+            # Here, because a tokenizer must not be used by two threads.
+            tokenizer.save_pretrained(partial / MODEL)
+            _write_model_files(partial / MODEL, policy, weights, owners)
 
-        from_main_rank(self.world, write)
+        from_main_rank(self.world, prepare)
+        model = self._copy(MODEL, weights, owners)
+        if is_renamed and model:
+            restored = revert_weight_conversion(policy.model, model)
+            model = {name: tensor.contiguous() for name, tensor in restored.items()}
+        moments = self._copy(OPTIMIZER, _optimizer_state(policy, optimizer), owners)
+        references = self._copy(REFERENCE, reference.weights() if reference else (), owners)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        stems = {f"{MODEL}/{MODEL}": model, OPTIMIZER: moments, REFERENCE: references}
+        name = _name_of_files(owners)
+        files = {name(stem, self.world.rank): share for stem, share in stems.items() if share}
+        self._writer.start(path, partial, files, self._drop_old)
+        return waited
 
-    def _collect(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Whole tensors in host memory on the main rank; nothing on the others."""
-        whole = {}
+    def wait(self) -> None:
+        """Waits until no checkpoint is being written.
+
+        Raises:
+            CheckpointError: it could not be written, on some rank.
+        """
+        self._writer.wait()
+
+    def check(self) -> None:
+        """Goes on at once, unless a checkpoint could not be written.
+
+        Raises:
+            CheckpointError: it could not, on some rank.
+        """
+        self._writer.check()
+
+    def close(self, warn: Callable[[str], None]) -> None:
+        """Waits on this rank until its part of the last checkpoint is written, also when the run
+        ends with an error; `warn` gets a sentence if that fails."""
+        self._writer.close(warn)
+
+    def _copy(
+        self, kind: str, named: Iterable[tuple[str, Tensor]], owners: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """This rank's share of whole tensors, as they are now, in host memory.
+
+        Args:
+            named: names that end, after a slash if there is one, in that of a weight.
+            owners: rank of each weight.
+        """
+        share = {}
         for name, tensor in full_tensors(named):
-            if self.world.is_main:
-                whole[name] = tensor.cpu().contiguous()
-        return whole
+            if owners[name.rpartition("/")[2]] == self.world.rank:
+                key = f"{kind}/{name}"
+                if key not in self._copies:
+                    self._copies[key] = torch.empty_like(
+                        tensor, device="cpu", pin_memory=tensor.is_cuda
+                    )
+                share[name] = self._copies[key].copy_(tensor, non_blocking=True)
+        return share
 
-    def _paths(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=step_of)
+    def _drop_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            # Renamed first, so that one half removed does not count.
+            doomed = self.folder / f".{self.path(step).name}.partial"
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -117,25 +224,45 @@ def step_of(checkpoint: Path) -> int:
 
 
 def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer the state it had, each rank its part."""
-    with safe_open(checkpoint / OPTIMIZER_FILE, framework="pt") as stored:
-        names = set(stored.keys())
-        for name, parameter in policy.weights():
-            state = {}
-            for entry in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{entry}/{name}" in names:
-                    # Cloned out of the mapped file, for the alignment that fresh memory has.
-                    value = stored.get_tensor(f"{entry}/{name}").clone()
-                    state[entry] = value if entry == "step" else shard_like(value, parameter)
-            if state:
-                optimizer.state[parameter] = state
+    """Gives the optimizer the state it had, each rank reading its part."""
+    stored = StoredTensors(checkpoint.glob(f"{OPTIMIZER}*.safetensors"))
+    weights = dict(policy.weights())
+    for key, shape in stored.shapes.items():
+        entry, _, name = key.partition("/")
+        weight = weights[name]
+        value = torch.empty_like(weight) if shape else torch.empty((), device=weight.device)
+        stored.read_into(key, value)
+        optimizer.state[weights[name]][entry] = value
 
 
 def restore_reference(checkpoint: Path, reference: Policy) -> None:
-    """Gives the reference model the weights it had, each rank its part."""
-    with safe_open(checkpoint / REFERENCE_FILE, framework="pt") as stored, torch.no_grad():
-        for name, parameter in reference.weights():
-            parameter.copy_(shard_like(stored.get_tensor(name), parameter))
+    """Gives the reference model the weights it had, each rank reading its part."""
+    stored = StoredTensors(checkpoint.glob(f"{REFERENCE}*.safetensors"))
+    for name, weight in reference.weights():
+        stored.read_into(name, weight)
+
+
+def _write_model_files(
+    folder: Path, policy: Policy, weights: Sequence[tuple[str, Tensor]], owners: Mapping[str, int]
+) -> None:
+    """What a Hugging Face folder holds besides tokenizer and tensors."""
+    config = copy.deepcopy(policy.model.config)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    policy.model.generation_config.save_pretrained(folder)
+    if len(set(owners.values())) > 1:
+        name = _name_of_files(owners)
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for _, tensor in weights)},
+            "weight_map": {each: name(MODEL, owner) for each, owner in sorted(owners.items())},
+        }
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _name_of_files(owners: Mapping[str, int]) -> Callable[[str, int], str]:
+    """Names of a rank's files; ranks that own nothing are not counted."""
+    writers = sorted(set(owners.values()))
+    return lambda stem, rank: numbered_name(stem, writers.index(rank), len(writers))
 
 
 def _distinct_state(policy: Policy) -> list[tuple[str, Tensor]]:
@@ -152,35 +279,3 @@ def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> list[t
         for name, parameter in policy.weights()
         for entry, value in optimizer.state[parameter].items()
     ]
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    files = sorted(file for file in temporary.rglob("*") if file.is_file())
-    checksums = {str(file.relative_to(temporary)): _checksum(file) for file in files}
-    (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
-    for written in (*temporary.rglob("*"), temporary):
-        flush_to_disk(written)
-    # Only a checkpoint found damaged can stand in the way.
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-    flush_to_disk(path.parent)
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        checksums = json.loads((path / CHECKSUMS_FILE).read_text())
-    except (OSError, ValueError):
-        return f"{CHECKSUMS_FILE} cannot be read"
-    for name, expected in checksums.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if _checksum(file) != expected:
-            return f"{name} does not match its checksum"
-    return None

@@ -1,19 +1,32 @@
-"""From what `--model` names to a model and its tokenizer, each mistake in one sentence."""
+"""From what `--model` names to a model and its tokenizer, each mistake in one sentence.
+
+A model that is to be sharded is opened without its weights (`open_model`), sharded, and then filled
+(`read_weights`): each rank reads its part, and no process ever holds the whole.
+"""
 
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from trainer.config import UsageError
+from trainer.stored_tensors import StoredTensors
 from trainer.tiny_model import base_model_folder
 
 EMBEDDED_MODELS = ("tiny", "smollm2")
@@ -64,26 +77,150 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         raise UsageError(_cannot_load("tokenizer", source, error)) from error
 
 
-def load_model(source: str) -> PreTrainedModel:
-    """The model in float32 on the CPU, ready to be moved and sharded.
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model on the CPU.
 
     Raises:
         UsageError: it cannot be loaded, or its logits are scaled in a way the update does not know.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa"
+            source, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_cannot_load("model", source, error)) from error
-    for name in UNSUPPORTED_SCALES:
-        if getattr(model.config, name, 1.0) != 1.0:
-            raise UsageError(f"--model: expected logits without {name}, got {source}")
+    _check_scales(model, source)
     for parameter in model.parameters():
         # Tensors mapped from a file are aligned as it happens, and matrix products of other
         # alignment round otherwise; in fresh memory a resumed run computes the same bits.
         parameter.data = parameter.data.clone()
     return model.eval()
+
+
+def open_model(
+    source: str, *, report: Callable[[str], None]
+) -> tuple[PreTrainedModel, StoredTensors | None]:
+    """The model with float32 parameters on the meta device, to be sharded and then filled by
+    `read_weights`, and where that reads from.
+
+    Where the files do not hold the parameters as they are, the whole model, loaded by transformers,
+    and None; `report` gets the reason.
+
+    Raises:
+        UsageError: see `load_model`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        stored = StoredTensors(stored_files(source))
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        if cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UsageError(_cannot_load("model", source, error)) from error
+    _check_scales(model, source)
+    reason = _why_not_in_parts(model, stored)
+    if reason is not None:
+        report(f"{source} {reason}: every rank loads the whole model before it is sharded")
+        return load_model(source), None
+    return model.eval(), stored
+
+
+def read_weights(
+    root: nn.Module,
+    model: PreTrainedModel,
+    stored: StoredTensors,
+    device: torch.device,
+    *,
+    offload: bool = False,
+) -> None:
+    """Gives a model of `open_model` memory and the stored weights, each rank its part.
+
+    Args:
+        root: the model, or the module around it that was sharded.
+        device: of the computation.
+        offload: the weights stay in host memory.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in root.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    root.to_empty(device="cpu" if offload else device)
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer.to(device))
+    # Each name of a tied weight was given memory of its own.
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        stored.read_into(name, parameter)
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        stored.read_into(name, model.get_buffer(name))
+
+
+def has_other_names_on_disk(model: PreTrainedModel) -> bool:
+    """Whether transformers renames or regroups weights between the files and the parameters."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def stored_files(source: str) -> list[Path]:
+    """The safetensors files of a folder, or of a model of the hub, which are downloaded; none
+    where the weights have another format.
+
+    Raises:
+        OSError: they cannot be had.
+    """
+
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    whole, index = find(SAFE_WEIGHTS_NAME), find(SAFE_WEIGHTS_INDEX_NAME)
+    if whole is not None or index is None:
+        return [] if whole is None else [whole]
+    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [Path(cached_file(source, part)) for part in parts]
+
+
+def _why_not_in_parts(model: PreTrainedModel, stored: StoredTensors) -> str | None:
+    """Why the parameters cannot be read from the files one by one; None where they can."""
+    if not stored.shapes:
+        return "has no safetensors files"
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "is quantized"
+    if has_other_names_on_disk(model):
+        return "has other weights in its files than in its layers"
+    state = model.state_dict()
+    tied = set(state) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+    differing = [name for name in expected if stored.shapes.get(name) != expected[name]]
+    differing += sorted(stored.shapes.keys() - expected.keys())
+    return f"has other weights in its files ({differing[0]})" if differing else None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside have no memory; buffers, which no file may hold, are computed."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # One that is on it already is being tied, and stays the same object.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _check_scales(model: PreTrainedModel, source: str) -> None:
+    for name in UNSUPPORTED_SCALES:
+        if getattr(model.config, name, 1.0) != 1.0:
+            raise UsageError(f"--model: expected logits without {name}, got {source}")
 
 
 def _cannot_load(what: str, source: str, error: Exception) -> str:
