@@ -116,7 +116,8 @@ def results(run_dir: Path) -> list[dict[str, float | None]]:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model" / "model.safetensors")
+    files = sorted((run_dir / "model").glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def assert_same_bits(run_dir: Path, other: Path) -> None:

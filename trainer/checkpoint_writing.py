@@ -54,9 +54,7 @@ class BackgroundWriter:
         """Whether this rank's part of the last write is over."""
         return all(job.done() for job in self._jobs)
 
-    def start(
-        self, path: Path, partial: Path, files: Files, then: Callable[[], object]
-    ) -> None:
+    def start(self, path: Path, partial: Path, files: Files, then: Callable[[], object]) -> None:
         """Writes files into the folder `partial`, which exists, and makes it `path` when those of
         all ranks are there.
 

@@ -5,8 +5,8 @@ float32), `optimizer*.safetensors`, `reference*.safetensors` where there is a re
 `state.json` and `checksums.json`. Every tensor is whole in the file of one rank, so a run may go on
 with another number of ranks, and transformers and vLLM load the model as it is. Each rank copies
 and writes its share; the files appear under another name and are renamed once all are on the disk
-(`trainer.checkpoint_writing`). A checkpoint that does not match its checksums is passed over. Random
-numbers derive from seed and step (`trainer.seeds`), so no generator is saved.
+(`trainer.checkpoint_writing`). A checkpoint that does not match its checksums is passed over.
+Random numbers derive from seed and step (`trainer.seeds`), so no generator is saved.
 """
 
 import copy
@@ -114,6 +114,11 @@ class CheckpointStore:
             return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(map(step_of, found))
+
+    def needed_from(self) -> int:
+        """The oldest step that a later start may have to go on from, should the newest checkpoint
+        turn out damaged."""
+        return ([0, 0, *self.steps()])[-2]
 
     def save(
         self,

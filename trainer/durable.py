@@ -9,6 +9,8 @@ def write_atomically(path: Path, text: str) -> None:
     # The process id keeps two writers of one run directory from sharing a half-written file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8", errors="replace")
+    # Else a loss of power may leave the new name with nothing in it.
+    flush_to_disk(temporary)
     os.replace(temporary, path)
 
 

@@ -7,6 +7,8 @@ counts of the whole batch.
 """
 
 import datetime
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -292,12 +294,24 @@ def _gather_rows(tensors: Mapping[str, DTensor], mesh: DeviceMesh, axis: int) ->
     }
 
 
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, present on every rank, placed as `like` is; no communication."""
-    full = full.to(like.device)
-    if not isinstance(like, DTensor):
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+def weights_checksum(world: World, named: Iterable[tuple[str, Tensor]]) -> str:
+    """A fingerprint of the bits of weights, the same however they are sharded: per tensor the sum
+    of its elements, read as 32-bit integers, modulo 2^32.
+
+    Collectives: one all-reduce.
+    """
+    names, sums = [], []
+    for name, weight in named:
+        local, is_counted = weight.detach(), world.is_main
+        if isinstance(local, DTensor):
+            placed = zip(local.device_mesh.get_coordinate() or (), local.placements, strict=True)
+            is_counted = all(place == 0 for place, kind in placed if kind.is_replicate())
+            local = local.to_local()
+        bits = local.contiguous().view(torch.int32).sum(dtype=torch.int32)
+        names.append(name)
+        sums.append(bits.long() * is_counted)
+    totals = sum_over_ranks(world, torch.stack(sums)).remainder(2**32).tolist()
+    return hashlib.sha256(json.dumps([names, totals]).encode()).hexdigest()
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -116,7 +116,9 @@ def open_model(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
-        if cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+        if cached_file(
+            source, "generation_config.json", _raise_exceptions_for_missing_entries=False
+        ):
             model.generation_config = GenerationConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(_cannot_load("model", source, error)) from error
@@ -180,7 +182,7 @@ def stored_files(source: str) -> list[Path]:
     if whole is not None or index is None:
         return [] if whole is None else [whole]
     parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [Path(cached_file(source, part)) for part in parts]
+    return [path for part in parts if (path := find(part)) is not None]
 
 
 def _why_not_in_parts(model: PreTrainedModel, stored: StoredTensors) -> str | None:
@@ -210,7 +212,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 """The run directory: whose it is, and what it holds when the run is over."""
 
 import fcntl
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import IO
@@ -39,6 +41,13 @@ def claim_run_folder(config: TrainConfig) -> IO[str]:
         _check_same_run(config, folder / CONFIG_FILE)
     write_atomically(folder / CONFIG_FILE, config.to_json())
     return lock
+
+
+def config_fingerprint(config: TrainConfig) -> str:
+    """The same for all configs that may go on with one run, whatever its number of steps."""
+    kept = {name: value for name, value in config.flat().items() if name not in FREE_FIELDS}
+    kept.pop("steps")
+    return hashlib.sha256(json.dumps(kept, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _holds_results(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
-from trainer.durable import write_atomically
+from trainer.durable import flush_to_disk, write_atomically
 from trainer.rewards import Reward
 from trainer.tasks import Problem
 from trainer.terminal import Terminal, eval_text, progress_text, sample_text
@@ -188,6 +188,17 @@ class RunLog:
             self._step_ends.append(self._clock())
         self._latest.update(values)
         self._show_step(step, values, samples, eval_samples)
+
+    def sync(self) -> int:
+        """Waits until all that was logged would survive a loss of power.
+
+        Returns: bytes of `metrics.jsonl`; 0 on every rank but 0.
+        """
+        if not self._is_writer:
+            return 0
+        for path in (self._run_dir / METRICS_FILE, self._run_dir / ROLLOUTS_FOLDER, self._run_dir):
+            flush_to_disk(path)
+        return (self._run_dir / METRICS_FILE).stat().st_size
 
     def phase(self, name: str) -> None:
         """Shows on the live line what the run is doing; nothing where there is no live line."""

@@ -1,6 +1,5 @@
 """What a run works with, made from its config: models, problems, optimizer, checkpoints, log."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +10,21 @@ import kernels
 from trainer.checkpoints import (
     MODEL,
     CheckpointStore,
+    RunState,
     restore_optimizer,
     restore_reference,
     step_of,
 )
 from trainer.config import TrainConfig, UsageError
-from trainer.fsdp import World, from_main_rank, full_tensors
-from trainer.model_loading import load_model, load_tokenizer, resolve_model
+from trainer.fsdp import World, from_main_rank, full_tensors, weights_checksum
+from trainer.model_loading import (
+    load_model,
+    load_tokenizer,
+    open_model,
+    read_weights,
+    resolve_model,
+    stored_files,
+)
 from trainer.policy import Policy
 from trainer.policy_update import make_optimizer
 from trainer.problem_source import ListedProblems, ProblemSource, open_problems
@@ -26,9 +33,12 @@ from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
 from trainer.rollout.transformers_sampler import TransformersSampler
 from trainer.rollout.vllm_sampler import VllmSampler
+from trainer.rollout_buffer import RolloutBuffer
+from trainer.run_folder import config_fingerprint
 from trainer.run_log import RunLog
 from trainer.samples import Prompter
 from trainer.stop_signal import StopSignal
+from trainer.stored_tensors import StoredTensors
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
 
@@ -47,10 +57,13 @@ class Run:
     reference: Policy | None
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
+    buffer: RolloutBuffer
     log: RunLog
     stop: StopSignal
     completed: int
     """Steps made so far, those of earlier starts included."""
+    drawn: int
+    """Problems taken from the source by those steps."""
     saved: int
     """Step of the newest checkpoint, 0 for none."""
 
@@ -66,13 +79,30 @@ class Run:
             lambda: full_tensors(self.policy.weights(), dtype=dtype), self.completed
         )
 
+    def weights_checksum(self) -> str:
+        """Of the policy, as it is now."""
+        return weights_checksum(self.world, self.policy.weights())
+
     def save(self) -> None:
-        """Saves the last completed step, unless it is saved already or there is none."""
+        """Starts to save the last completed step, unless it is saved already or there is none."""
         if self.saved == self.completed:
             return
-        self.store.save(
-            self.completed, self.policy, self.optimizer, self.reference, self.prompter.tokenizer
+        state = RunState(
+            step=self.completed,
+            problems=self.drawn,
+            log_bytes=self.log.sync(),
+            sampler_step=self.completed,
+            weights=self.weights_checksum(),
+            config=config_fingerprint(self.config),
         )
+        waited = self.store.save(
+            state, self.policy, self.optimizer, self.reference, self.prompter.tokenizer
+        )
+        if waited:
+            self.log.message(
+                f"the checkpoint of step {self.completed} waited {waited:.1f} s until the one "
+                f"before was written"
+            )
         self.saved = self.completed
 
 
@@ -95,14 +125,9 @@ def start_run(
         rank=world.rank,
         resume_step=None if checkpoint is None else step_of(checkpoint),
     )
-    if checkpoint is not None:
-        start = str(checkpoint / MODEL)
-    else:
-        start = from_main_rank(
-            world, lambda: resolve_model(config.model, config.cache_dir, report=log.message)
-        )
-    tokenizer, model = load_tokenizer(start), load_model(start)
-    model.to(world.device)  # type: ignore[arg-type]
+    start = from_main_rank(world, lambda: _start_of_weights(config, checkpoint, log))
+    tokenizer = load_tokenizer(start)
+    model, stored = open_model(start, report=log.message)
     _check_vocabulary(tokenizer, model)
     template = _for_tokenizer(template, tokenizer)
     listed = source.problems if isinstance(source, ListedProblems) else []
@@ -118,15 +143,13 @@ def start_run(
         tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
     )
     sampler = _make_sampler(config, model, start, tokenizer, template, world)
-    reference = _make_reference(config, model, checkpoint, world)
-    policy = Policy(model)
-    policy.shard(world, getattr(torch, config.dtype), config.sharding)
+    policy = _make_policy(model, stored, config, world)
+    reference = None
+    if config.loss_spec.kl_weight:
+        model, stored = open_model(start, report=log.message)
+        reference = _make_policy(model, stored, config, world).requires_grad_(False)
     optimizer = make_optimizer(policy, config)
-    if checkpoint is not None:
-        restore_optimizer(checkpoint, policy, optimizer)
     completed = 0 if checkpoint is None else step_of(checkpoint)
-    if completed:
-        log.message(f"going on after step {completed}")
     run = Run(
         config=config,
         world=world,
@@ -138,11 +161,15 @@ def start_run(
         reference=reference,
         optimizer=optimizer,
         store=store,
+        buffer=RolloutBuffer(config.run_folder, world, warn=log.message),
         log=log,
         stop=StopSignal(),
         completed=completed,
+        drawn=0,
         saved=completed,
     )
+    if checkpoint is not None:
+        _restore(run, checkpoint)
     run.sync_sampler()
     return run
 
@@ -155,7 +182,7 @@ def _make_sampler(
     template: Template,
     world: World,
 ) -> Sampler:
-    """What `--rollout` names; the model is still whole."""
+    """What `--rollout` names, with the weights of `source`."""
     options = config.rollout
     if options.rollout == "vllm":
         longest = options.max_prompt_tokens + options.max_new_tokens
@@ -172,26 +199,63 @@ def _make_sampler(
             shares_gpu=True,
             flag="--rollout",
         )
+    dtype = getattr(torch, config.dtype)
     return TransformersSampler(
-        model,
+        load_model(source, dtype).to(world.device),  # type: ignore[arg-type]
         tokenizer,
         template,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         rows_per_batch=options.rows_per_batch,
     )
 
 
-def _make_reference(
-    config: TrainConfig, model: PreTrainedModel, checkpoint: Path | None, world: World
-) -> Policy | None:
-    """A frozen copy of the model, with the checkpoint's reference weights where there is one."""
-    if not config.loss_spec.kl_weight:
-        return None
-    reference = Policy(copy.deepcopy(model)).requires_grad_(False)
-    reference.shard(world, getattr(torch, config.dtype), config.sharding)
+def _start_of_weights(config: TrainConfig, checkpoint: Path | None, log: RunLog) -> str:
+    """The folder or hub name that the weights are read from; they are on this machine then."""
     if checkpoint is not None:
-        restore_reference(checkpoint, reference)
-    return reference
+        return str(checkpoint / MODEL)
+    start = resolve_model(config.model, config.cache_dir, report=log.message)
+    try:
+        stored_files(start)
+    except OSError as error:
+        raise UsageError(f"--model: {start} cannot be downloaded ({error})") from error
+    return start
+
+
+def _make_policy(
+    model: PreTrainedModel, stored: StoredTensors | None, config: TrainConfig, world: World
+) -> Policy:
+    """A model of `open_model`, sharded; each rank reads its part of the weights."""
+    if stored is None:
+        model.to(world.device)  # type: ignore[arg-type]
+    policy = Policy(model)
+    policy.shard(world, getattr(torch, config.dtype), config.sharding)
+    if stored is not None:
+        offload = config.sharding.cpu_offload
+        read_weights(policy, model, stored, world.device, offload=offload)
+    return policy
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    """Gives a run whose weights are those of the checkpoint the rest of its state.
+
+    Raises:
+        UsageError: the state is that of another run, or of other weights.
+    """
+    state = RunState.read(checkpoint)
+    if state.config != config_fingerprint(run.config):
+        raise UsageError(f"--run-dir: {checkpoint} was saved with other options than these")
+    run.drawn = state.problems
+    restore_optimizer(checkpoint, run.policy, run.optimizer)
+    if run.reference is not None:
+        restore_reference(checkpoint, run.reference)
+    if state.weights != run.weights_checksum():
+        raise UsageError(f"--run-dir: other weights were read from {checkpoint} than were saved")
+    if run.world.is_main and state.log_bytes != run.log.sync():
+        run.log.message(
+            f"warning: metrics.jsonl is not as long as when {checkpoint.name} was saved; its "
+            f"curves may have a gap"
+        )
+    run.log.message(f"going on after step {state.step}")
 
 
 def _check_backend(name: str) -> None:

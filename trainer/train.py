@@ -64,17 +64,13 @@ def train(run: Run) -> None:
         evaluate_and_log(run, 0, {}, [])
     for step in range(run.completed + 1, config.optimizer.steps + 1):
         clock = PhaseClock(run.log)
-        with clock.phase("rollout"):
-            scoring, completions_PG = sample_step(run, step)
-        with clock.phase("score"):
-            scored_PG = gather_in_order(run.world, scoring.finish(completions_PG))
-            require_finite_logprobs(scored_PG, step)
+        scored_PG = scored_step(run, step, clock)
         stop_if_asked(run)
         run.sampler.release_memory()
         with clock.phase("update"):
             update_metrics = policy_update(with_advantages(scored_PG, config), step)
             reset_reference_if_due(run, step)
-        run.completed = step
+        run.completed, run.drawn = step, run.drawn + config.rollout.num_prompts
         with clock.phase("sync"):
             run.sync_sampler()
         metrics = sample_metrics(scored_PG) | clock.metrics(count_tokens(scored_PG))
@@ -82,6 +78,8 @@ def train(run: Run) -> None:
         if run.is_due(step, config.checkpoint.save_every):
             run.save()
         stop_if_asked(run)
+    run.store.wait()
+    run.buffer.drop_up_to(run.completed)
 
 
 class PhaseClock:
@@ -104,13 +102,32 @@ class PhaseClock:
         return {**self.seconds, "tokens_per_second": tokens / sum(self.seconds.values())}
 
 
+def scored_step(run: Run, step: int, clock: PhaseClock) -> list[list[ScoredCompletion]]:
+    """Completions of the step's problems with their rewards, on every rank: those that an earlier
+    start left, or new ones."""
+    weights, places = run.weights_checksum(), range(run.config.rollout.num_prompts)
+    with clock.phase("rollout"):
+        kept_PG = run.buffer.read(
+            step, weights, lambda: [run.source.problem(run.drawn + place) for place in places]
+        )
+        if kept_PG is None:
+            scoring, completions_PG = sample_step(run, step)
+    with clock.phase("score"):
+        if kept_PG is not None:
+            return kept_PG
+        scored_PG = gather_in_order(run.world, scoring.finish(completions_PG))
+        require_finite_logprobs(scored_PG, step)
+        run.buffer.drop_up_to(run.store.needed_from())
+        run.buffer.write(step, weights, scored_PG)
+    return scored_PG
+
+
 def sample_step(run: Run, step: int) -> tuple[Scoring, list[list[Completion]]]:
     """Completions of this rank's problems of the step from the current policy, and their scoring,
     which goes on meanwhile."""
     options = run.config.rollout
-    first = (step - 1) * options.num_prompts
     places = run.world.shard(range(options.num_prompts))
-    problems = [run.source.problem(first + place) for place in places]
+    problems = [run.source.problem(run.drawn + place) for place in places]
     scoring = Scoring(run.prompter, problems)
     completions_PG = rollout(
         run.sampler,
@@ -190,9 +207,12 @@ def stop_if_asked(run: Run) -> None:
 
     Raises:
         InterruptedRunError: it did.
+        CheckpointError: the last checkpoint could not be written.
     """
+    run.store.check()
     if any_rank(run.world, run.stop.requested):
         run.save()
+        run.store.wait()
         state = f"saved after step {run.completed}" if run.completed else "no step was complete"
         raise InterruptedRunError(f"interrupted, {state}")
 
@@ -211,7 +231,8 @@ def run_to_the_end(config: TrainConfig) -> None:
         stack.callback(stop_world)
         from_main_rank(world, lambda: stack.enter_context(claim_run_folder(config)) and None)
         store = CheckpointStore(folder, keep=config.checkpoint.keep_checkpoints, world=world)
-        checkpoint = from_main_rank(world, lambda: store.latest(warn))
+        stack.callback(store.close, warn)
+        checkpoint = store.latest(warn)
         if checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps:
             if world.is_main and is_finished(folder):
                 print(f"The run is complete, {config.optimizer.steps} steps.")
