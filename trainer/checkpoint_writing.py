@@ -64,9 +64,10 @@ class BackgroundWriter:
         """
         assert not self._jobs
         self._path = path
-        self._jobs = [self._thread.submit(_write, partial, files, self.world.rank)]
+        own = self._thread.submit(_write, partial, files, self.world.rank)
+        self._jobs = [own]
         if self.world.is_main:
-            self._jobs.append(self._thread.submit(self._publish, path, partial, then))
+            self._jobs.append(self._thread.submit(self._publish, own, path, partial, then))
 
     def check(self) -> None:
         """Goes on at once, unless the write has failed.
@@ -117,7 +118,15 @@ class BackgroundWriter:
         self._jobs = []
         self._thread.shutdown()
 
-    def _publish(self, path: Path, partial: Path, then: Callable[[], object]) -> None:
+    def _publish(
+        self,
+        own: futures.Future[None],
+        path: Path,
+        partial: Path,
+        then: Callable[[], object],
+    ) -> None:
+        if own.exception() is not None:
+            return
         deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
         lists = [_list_of(partial, rank) for rank in range(self.world.size)]
         while not all(each.exists() for each in lists):
