@@ -55,15 +55,14 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, token_ids: Tensor, temperature: Tensor, inplace: bool, *rest: Any
+        ctx: Any, logits: Tensor, inplace: bool, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         check_inplace(logits, inplace)
-        logprobs, entropy, row_max, log_sum = run(
-            library.token_logprobs, logits, token_ids, temperature, *rest
-        )
+        logprobs, entropy, row_max, log_sum = run(library.token_logprobs, logits, *arguments)
         lse = row_max + log_sum
+        token_ids, temperature, *ctx.settings = arguments
         ctx.save_for_backward(logits, token_ids, temperature, logprobs, entropy, row_max, log_sum)
-        ctx.inplace, ctx.rest = inplace, rest
+        ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
         return logprobs, entropy, lse
@@ -71,9 +70,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("token_logprobs")
-        grad_logprobs, grad_entropy, _ = grads
         logits, token_ids, temperature, *values = ctx.saved_tensors
-        zero = torch.zeros_like(values[0])
         gradient = gradient_buffer(logits, ctx.inplace)
         run(
             library.token_logprobs_gradient,
@@ -81,13 +78,12 @@ class TokenLogprobsFunction(torch.autograd.Function):
             logits.detach(),
             token_ids,
             temperature,
-            *ctx.rest,
+            *ctx.settings,
             values,
-            zero if grad_logprobs is None else grad_logprobs,
-            zero if grad_entropy is None else grad_entropy,
+            *given_or_zero(grads[:2], values[0]),
         )
         note_write(gradient, ctx.inplace)
-        return gradient, None, None, None, *(None for _ in ctx.rest)
+        return gradient, *[None] * (3 + len(ctx.settings))
 
 
 class PolicyLossFunction(torch.autograd.Function):
@@ -96,15 +92,20 @@ class PolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, backend: str, inplace: bool, wants_gradient: bool, *rest: Any
+        ctx: Any,
+        logits: Tensor,
+        inplace: bool,
+        wants_gradient: bool,
+        backend: str,
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_inplace(logits, inplace)
         gradient = gradient_buffer(logits, inplace) if wants_gradient else None
-        *outputs, unit = run(library.policy_loss, gradient, logits.detach(), *rest, backend)
+        *outputs, unit = run(library.policy_loss, gradient, logits.detach(), *arguments)
         if gradient is not None:
             note_write(gradient, inplace)
             ctx.save_for_backward(gradient, unit)
-        ctx.backend, ctx.num_rest, ctx.handed_out = backend, len(rest), False
+        ctx.backend, ctx.num_arguments, ctx.handed_out = backend, len(arguments), False
         loss, logprobs, entropy, metrics = outputs
         ctx.mark_non_differentiable(logprobs, entropy, metrics)
         return loss, logprobs, entropy, metrics
@@ -118,7 +119,7 @@ class PolicyLossFunction(torch.autograd.Function):
         if gradient.dtype == torch.float16:
             factor = (factor * unit).to(factor.dtype)
         run(library.scale_, gradient, factor, ctx.backend)
-        return gradient, None, None, None, *[None] * ctx.num_rest
+        return gradient, *[None] * (3 + ctx.num_arguments)
 
 
 class LinearTokenLogprobsFunction(torch.autograd.Function):
@@ -130,27 +131,18 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        token_ids: Tensor,
-        temperature: Tensor,
         product_dtype: torch.dtype,
         chunk_tokens: int | None,
-        *rest: Any,
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, ctx.head_settings = (hidden, weight, bias), (product_dtype, chunk_tokens)
         logprobs, entropy, row_max, log_sum = run(
-            linear_library.linear_token_logprobs,
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            product_dtype,
-            chunk_tokens,
-            temperature,
-            *rest,
+            linear_library.linear_token_logprobs, *inputs, *ctx.head_settings, *arguments
         )
         lse = row_max + log_sum
+        token_ids, temperature, *ctx.settings = arguments
         values = logprobs, entropy, row_max, log_sum
-        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, *values)
-        ctx.settings, ctx.rest = (product_dtype, chunk_tokens), rest
+        ctx.save_for_backward(*inputs, token_ids, temperature, *values)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
         return logprobs, entropy, lse
@@ -159,19 +151,18 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("linear_token_logprobs")
         hidden, weight, bias, token_ids, temperature, *values = ctx.saved_tensors
-        zero = torch.zeros_like(values[0])
         wanted = [bool(needed) for needed in ctx.needs_input_grad[:3]]
         gradients = run(
             linear_library.linear_token_logprobs_gradients,
             hidden.detach(),
             weight.detach(),
             None if bias is None else bias.detach(),
+            *ctx.head_settings,
             token_ids,
-            *ctx.settings,
             temperature,
-            *ctx.rest,
+            *ctx.settings,
             values,
-            *(zero if grad is None else grad for grad in grads[:2]),
+            *given_or_zero(grads[:2], values[0]),
             wanted,
         )
         gradients = [
@@ -180,7 +171,7 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
                 only_wanted(gradients, wanted), (hidden, weight, bias), strict=True
             )
         ]
-        return *gradients, *[None] * (4 + len(ctx.rest))
+        return *gradients, *[None] * (4 + len(ctx.settings))
 
 
 class LinearPolicyLossFunction(torch.autograd.Function):
@@ -192,15 +183,15 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        backend: str,
         wanted: list[bool],
-        *rest: Any,
+        backend: str,
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *outputs, of_hidden, of_weight, of_bias = run(
-            linear_library.linear_policy_loss, hidden, weight, bias, *rest, backend, wanted
+            linear_library.linear_policy_loss, hidden, weight, bias, *arguments, wanted
         )
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
-        ctx.backend, ctx.wanted, ctx.num_rest = backend, wanted, len(rest)
+        ctx.wanted, ctx.backend, ctx.num_arguments = wanted, backend, len(arguments)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.handed_out = False
         loss, logprobs, entropy, metrics = outputs
@@ -219,7 +210,12 @@ class LinearPolicyLossFunction(torch.autograd.Function):
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, *[None] * ctx.num_rest
+        return *gradients, *[None] * (2 + ctx.num_arguments)
+
+
+def given_or_zero(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Zeros in place of the gradients that nobody sent."""
+    return [torch.zeros_like(like) if grad is None else grad for grad in grads]
 
 
 def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:

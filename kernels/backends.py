@@ -117,6 +117,7 @@ def available_backends() -> dict[str, str]:
     return {name: reason() or "available" for name, reason in UNAVAILABLE_REASON.items()}
 
 
+@cache
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that will run an op on logits of this device and dtype.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.advantages import segment_index
+from kernels.arguments import HeadArguments, LossArguments, RowArguments
 from kernels.backends import select_backend
 from kernels.linear_head import HeadSettings
 from kernels.passes import Scaling
@@ -28,6 +29,21 @@ class Rows(NamedTuple):
     """int64 global ids; masked tokens are IGNORED."""
     shape: torch.Size
     """Of the caller's token ids."""
+
+
+def known_width(logits: Tensor, vocab: VocabShard | None) -> int | None:
+    """The size of the vocabulary, where this rank holds all of it."""
+    return logits.shape[-1] if vocab is None else None
+
+
+def flat(values: Tensor) -> Tensor:
+    """A tensor a token as [N]."""
+    return values if values.dim() == 1 else values.reshape(-1)
+
+
+def like_tokens(values_N: Tensor, rows: Rows) -> Tensor:
+    """[N] in the shape of the caller's token ids."""
+    return values_N if len(rows.shape) == 1 else values_N.view(rows.shape)
 
 
 def checked_rows(
@@ -54,10 +70,10 @@ def checked_rows(
             f"logits: expected at least the {vocab.width} columns of the vocabulary shard, "
             f"got {features.shape[-1]}"
         )
-    token_ids_N = token_ids.reshape(-1).long()
+    token_ids_N = flat(token_ids).long()
     if mask is not None:
         check_like_tokens("mask", mask, token_ids.shape)
-        token_ids_N = torch.where(mask.reshape(-1).bool(), token_ids_N, IGNORED)
+        token_ids_N = torch.where(flat(mask).bool(), token_ids_N, IGNORED)
     check_id_range(token_ids_N, num_columns)
     return Rows(token_ids_N, token_ids.shape)
 
@@ -80,7 +96,9 @@ def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
 
 def checked_layout(logits: Tensor, inplace: bool = False) -> Tensor:
     """Logits as [outer, inner, W] with contiguous rows; a layout without them is copied once."""
-    logits_OIW = logits[None] if logits.dim() == 2 else logits
+    logits_OIW = logits.unsqueeze(0) if logits.dim() == 2 else logits
+    if logits.is_contiguous():
+        return logits_OIW
     overlaps = any(
         size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)
     )
@@ -95,19 +113,9 @@ def checked_layout(logits: Tensor, inplace: bool = False) -> Tensor:
     return logits_OIW.contiguous()
 
 
-def checked_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    vocab: VocabShard | None,
-    backend: str,
-    chunk_tokens: int | None,
-    product_dtype: torch.dtype,
-) -> HeadSettings:
+def checked_head(head: HeadArguments, rows: RowArguments, vocab: VocabShard | None) -> HeadSettings:
     """How the linear ops multiply and what follows."""
+    hidden, weight, bias, product_dtype, chunk_tokens = head
     width, depth = (len(weight), hidden.shape[-1])
     if weight.dim() != 2 or weight.shape[1] != depth:
         raise ValueError(f"weight: expected shape [W, {depth}], got {list(weight.shape)}")
@@ -119,13 +127,13 @@ def checked_head(
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected a count > 0, got {chunk_tokens}")
-    scaling = checked_scaling(temperature, token_ids, softcap)
+    scaling = checked_scaling(rows.temperature, rows.token_ids, rows.softcap)
     compute = compute_dtype(hidden)
     return HeadSettings(
         inv_temperature=scaling.inv_temperature,
         softcap=scaling.softcap,
         vocab=vocab,
-        backend=select_backend(backend, hidden.device, compute),
+        backend=select_backend(rows.backend, hidden.device, compute),
         compute_dtype=compute,
         operand_dtype=product_dtype if hidden.is_cuda else compute,
         compact=not hidden.is_cuda,
@@ -177,67 +185,62 @@ def check_id_range(token_ids_N: Tensor, width: int | None) -> None:
 
 
 def checked_batch(
-    rows: Rows,
-    spec: LossSpec,
-    vocab: VocabShard | None,
-    *,
-    cu_seqlens: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    denominator: Tensor | None,
-    per_token: dict[str, Tensor | None],
+    rows: Rows, spec: LossSpec, vocab: VocabShard | None, call: LossArguments
 ) -> TokenBatch:
-    check_spec_inputs(spec, denominator, per_token)
-    flat: dict[str, Tensor | None] = {}
-    for name, tensor in per_token.items():
-        if tensor is not None:
-            check_like_tokens(name, tensor, rows.shape)
-        flat[f"{name}_N"] = None if tensor is None else tensor.detach().reshape(-1)
-    offsets = checked_offsets(rows, cu_seqlens)
-    num_sequences = len(offsets) - 1
-    if (advantages is None) == (rewards is None):
+    """What the token loss reads, in canonical form."""
+    check_spec_inputs(spec, call)
+    offsets = checked_offsets(rows, call.cu_seqlens)
+    num_sequences, advantages = len(offsets) - 1, call.advantages
+    if (advantages is None) == (call.rewards is None):
         raise ValueError("advantages, rewards: expected exactly one of them")
-    if rewards is not None:
-        if rewards.shape != (num_sequences,):
-            raise ValueError(
-                f"rewards: expected shape [{num_sequences}], one a sequence, "
-                f"got {list(rewards.shape)}"
-            )
-        if group_size is None:
-            raise ValueError("group_size: expected the size of the reward groups, got None")
-        check_group_size(group_size, num_sequences)
+    if call.rewards is not None:
+        check_rewards(call.rewards, call.group_size, num_sequences)
     elif advantages is not None:
-        if group_size is not None:
+        if call.group_size is not None:
             raise ValueError("group_size: expected None with given advantages")
         if advantages.shape not in ((num_sequences,), rows.shape):
             raise ValueError(
                 f"advantages: expected shape [{num_sequences}] or {list(rows.shape)}, "
                 f"got {list(advantages.shape)}"
             )
-        advantages = advantages.detach()
         if advantages.shape == (num_sequences,):
             advantages = advantages[segment_index(offsets, len(rows.token_ids_N))]
-        advantages = advantages.reshape(-1)
+        advantages = flat(advantages)
     return TokenBatch(
         token_ids_N=localize(rows.token_ids_N, vocab),
         offsets=offsets,
-        old_logprobs_N=flat["old_logprobs_N"],
-        ref_logprobs_N=flat["ref_logprobs_N"],
-        sampler_logprobs_N=flat["sampler_logprobs_N"],
+        old_logprobs_N=checked_logprobs("old_logprobs", call.old_logprobs, rows),
+        ref_logprobs_N=checked_logprobs("ref_logprobs", call.ref_logprobs, rows),
+        sampler_logprobs_N=checked_logprobs("sampler_logprobs", call.sampler_logprobs, rows),
         advantages_N=advantages,
-        rewards_S=None if rewards is None else rewards.detach(),
-        group_size=group_size,
-        denominator=denominator,
+        rewards_S=call.rewards,
+        group_size=call.group_size,
+        denominator=call.denominator,
     )
 
 
-def check_spec_inputs(
-    spec: LossSpec, denominator: Tensor | None, per_token: dict[str, Tensor | None]
-) -> None:
-    if spec.kl != "none" and per_token["ref_logprobs"] is None:
+def checked_logprobs(name: str, logprobs: Tensor | None, rows: Rows) -> Tensor | None:
+    """Given log-probs as [N]."""
+    if logprobs is None:
+        return None
+    check_like_tokens(name, logprobs, rows.shape)
+    return flat(logprobs)
+
+
+def check_rewards(rewards: Tensor, group_size: int | None, num_sequences: int) -> None:
+    if rewards.shape != (num_sequences,):
+        raise ValueError(
+            f"rewards: expected shape [{num_sequences}], one a sequence, got {list(rewards.shape)}"
+        )
+    if group_size is None:
+        raise ValueError("group_size: expected the size of the reward groups, got None")
+    check_group_size(group_size, num_sequences)
+
+
+def check_spec_inputs(spec: LossSpec, call: LossArguments) -> None:
+    if spec.kl != "none" and call.ref_logprobs is None:
         raise ValueError(f"ref_logprobs: expected a tensor with spec.kl={spec.kl!r}, got None")
-    if spec.needs_sampler_logprobs and per_token["sampler_logprobs"] is None:
+    if spec.needs_sampler_logprobs and call.sampler_logprobs is None:
         raise ValueError(
             "sampler_logprobs: expected a tensor with spec.sampler_correction="
             f"{spec.sampler_correction!r} and spec.off_policy_threshold="
@@ -245,6 +248,7 @@ def check_spec_inputs(
         )
     if spec.aggregation == "constant" and spec.max_tokens is None:
         raise ValueError('spec.max_tokens: expected a count with aggregation "constant", got None')
+    denominator = call.denominator
     if denominator is None:
         return
     if denominator.numel() != 1:

@@ -2,9 +2,7 @@
 
 Those on hidden states are in `linear_library.py`. An op takes the caller's tensors and checks every
 argument when it runs; `autograd` makes it differentiable. A gradient is written into memory that
-the caller gives, which may be the logits themselves. Numbers that change from step to step
-(temperature, clip bounds, denominator) come as tensors on the CPU, so that torch.compile does not
-compile anew for each value. Shape legend: `ops.py`.
+the caller gives, which may be the logits themselves. Shape legend: `ops.py`.
 """
 
 from typing import Any
@@ -15,6 +13,7 @@ from torch.library import CustomOpDef
 from torch.nn import Parameter
 
 from kernels import advantages, passes
+from kernels.arguments import LOSS, ROWS, LossArguments, RowArguments
 from kernels.backends import load_backend, select_backend
 from kernels.checks import (
     check_group_size,
@@ -22,12 +21,15 @@ from kernels.checks import (
     checked_layout,
     checked_rows,
     checked_scaling,
+    flat,
+    known_width,
+    like_tokens,
 )
 from kernels.loss_metrics import METRIC_NAMES
 from kernels.passes import RowValues
 from kernels.reference import compute_dtype
-from kernels.sharding import VocabShard, localize
-from kernels.spec import LossSpec, check_choice
+from kernels.sharding import localize
+from kernels.spec import check_choice
 from kernels.token_loss import with_unit_weights
 
 
@@ -48,128 +50,98 @@ def run(op: CustomOpDef, *arguments: Any) -> Any:
 PLAIN_TENSORS = (Tensor, Parameter)
 FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+FOUR_TENSORS, FIVE_TENSORS = (f"({', '.join(['Tensor'] * count)})" for count in (4, 5))
+NUM_ROW_ARGUMENTS = len(RowArguments._fields)
 
 
-@torch.library.custom_op("onepass_rl::token_logprobs", mutates_args=())
-def token_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-) -> FourTensors:
+@torch.library.custom_op(
+    "onepass_rl::token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor logits, {ROWS}) -> {FOUR_TENSORS}",
+)
+def token_logprobs(logits: Tensor, *arguments: Any) -> FourTensors:
     """Log-prob, entropy, row maximum and log of the sum of exp(z - maximum), like `token_ids`."""
-    backend = select_backend(backend, logits.device, logits.dtype)
-    vocab = VocabShard.from_parts(shard, shard_group)
-    rows = checked_rows(logits, token_ids, None, vocab, logits.shape[-1] if vocab is None else None)
-    scaling = checked_scaling(temperature, token_ids, softcap)
+    call = RowArguments(*arguments)
+    backend, vocab = select_backend(call.backend, logits.device, logits.dtype), call.vocab
+    rows = checked_rows(logits, call.token_ids, None, vocab, known_width(logits, vocab))
+    scaling = checked_scaling(call.temperature, call.token_ids, call.softcap)
     values = passes.row_values(
         checked_layout(logits), localize(rows.token_ids_N, vocab), scaling, vocab, backend
     )
-    logprobs, entropy, row_max, log_sum = (value_N.view(token_ids.shape) for value_N in values)
+    logprobs, entropy, row_max, log_sum = (like_tokens(value_N, rows) for value_N in values)
     return logprobs, entropy, row_max, log_sum
 
 
 @token_logprobs.register_fake
 def _(logits: Tensor, token_ids: Tensor, *rest: object) -> FourTensors:
-    dtype = compute_dtype(logits)
-    one, two, three, four = (logits.new_empty(token_ids.shape, dtype=dtype) for _ in range(4))
+    return fake_logprobs(logits, token_ids)
+
+
+def fake_logprobs(features: Tensor, token_ids: Tensor) -> FourTensors:
+    """The results of `token_logprobs` without values."""
+    dtype = compute_dtype(features)
+    one, two, three, four = (features.new_empty(token_ids.shape, dtype=dtype) for _ in range(4))
     return one, two, three, four
 
 
-@torch.library.custom_op("onepass_rl::token_logprobs_gradient", mutates_args=("gradient",))
-def token_logprobs_gradient(
-    gradient: Tensor,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-    values: list[Tensor],
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-) -> None:
+@torch.library.custom_op(
+    "onepass_rl::token_logprobs_gradient",
+    mutates_args=("gradient",),
+    schema=f"(Tensor(a!) gradient, Tensor logits, {ROWS}, Tensor[] values, Tensor grad_logprobs, "
+    "Tensor grad_entropy) -> ()",
+)
+def token_logprobs_gradient(gradient: Tensor, logits: Tensor, *arguments: Any) -> None:
     """Writes the gradient of the logits; `values` are the results of `token_logprobs`."""
-    vocab = VocabShard.from_parts(shard, shard_group)
+    call = RowArguments(*arguments[:NUM_ROW_ARGUMENTS])
+    values, grad_logprobs, grad_entropy = arguments[NUM_ROW_ARGUMENTS:]
+    vocab = call.vocab
     passes.write_gradient(
         checked_layout(logits),
-        localize(token_ids.reshape(-1).long(), vocab),
-        checked_scaling(temperature, token_ids, softcap),
-        RowValues(*(value.reshape(-1) for value in values)),
-        (grad_logprobs.reshape(-1), grad_entropy.reshape(-1)),
+        localize(flat(call.token_ids).long(), vocab),
+        checked_scaling(call.temperature, call.token_ids, call.softcap),
+        RowValues(*(flat(value) for value in values)),
+        (flat(grad_logprobs), flat(grad_entropy)),
         vocab,
-        select_backend(backend, logits.device, logits.dtype),
+        select_backend(call.backend, logits.device, logits.dtype),
         checked_layout(gradient, inplace=True),
     )
 
 
-@torch.library.custom_op("onepass_rl::policy_loss", mutates_args=("gradient",))
-def policy_loss(
-    gradient: Tensor | None,
-    logits: Tensor,
-    token_ids: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    denominator: Tensor | None,
-    spec_choices: str,
-    spec_numbers: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-) -> FiveTensors:
+@torch.library.custom_op(
+    "onepass_rl::policy_loss",
+    mutates_args=("gradient",),
+    schema=f"(Tensor(a!)? gradient, Tensor logits, {ROWS}, {LOSS}) -> {FIVE_TENSORS}",
+)
+def policy_loss(gradient: Tensor | None, logits: Tensor, *arguments: Any) -> FiveTensors:
     """Loss, log-probs, entropy, metrics and a unit; writes the gradient of the logits if wanted.
 
-    The gradient is the one written times the unit: 1 but for float16, which would round small
-    gradients away before a loss scaler can make them larger.
+    For float16, which would round small gradients away before a loss scaler can make them larger,
+    the gradient is the one written times the unit. For other dtypes the unit is empty.
     """
-    backend = select_backend(backend, logits.device, logits.dtype)
-    vocab = VocabShard.from_parts(shard, shard_group)
-    rows = checked_rows(logits, token_ids, mask, vocab, logits.shape[-1] if vocab is None else None)
-    scaling = checked_scaling(temperature, token_ids, softcap)
-    spec = LossSpec.from_parts(spec_choices, spec_numbers)
-    batch = checked_batch(
-        rows,
-        spec,
-        vocab,
-        cu_seqlens=cu_seqlens,
-        advantages=advantages,
-        rewards=rewards,
-        group_size=group_size,
-        denominator=denominator,
-        per_token={
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "sampler_logprobs": sampler_logprobs,
-        },
-    )
-    unit = torch.ones((), dtype=torch.float64, device=logits.device)
+    call = RowArguments(*arguments[:NUM_ROW_ARGUMENTS])
+    loss_call = LossArguments(*arguments[NUM_ROW_ARGUMENTS:])
+    backend, vocab = select_backend(call.backend, logits.device, logits.dtype), call.vocab
+    rows = checked_rows(logits, call.token_ids, loss_call.mask, vocab, known_width(logits, vocab))
+    scaling = checked_scaling(call.temperature, call.token_ids, call.softcap)
+    spec = loss_call.spec
+    batch = checked_batch(rows, spec, vocab, loss_call)
+    unit = logits.new_empty(0, dtype=torch.float64)
     if logits.dtype == torch.float16:
         batch, unit = with_unit_weights(batch, spec)
     out_OIW = None if gradient is None else checked_layout(gradient, inplace=True)
     loss, logprobs_N, entropy_N, metrics = passes.policy_loss(
         checked_layout(logits), batch, spec, scaling, vocab, backend, out_OIW
     )
-    logprobs, entropy = logprobs_N.view(token_ids.shape), entropy_N.view(token_ids.shape)
     if logits.dtype == torch.float16:
         loss = (loss * unit).to(loss.dtype)
-    return loss, logprobs, entropy, metrics, unit
+    return loss, like_tokens(logprobs_N, rows), like_tokens(entropy_N, rows), metrics, unit
 
 
 @policy_loss.register_fake
 def _(gradient: Tensor | None, logits: Tensor, token_ids: Tensor, *rest: object) -> FiveTensors:
-    return *fake_loss(logits, token_ids), logits.new_empty((), dtype=torch.float64)
+    unit_shape = () if logits.dtype == torch.float16 else (0,)
+    unit = logits.new_empty(unit_shape, dtype=torch.float64)
+    return *fake_loss(logits, token_ids), unit
 
 
 def fake_loss(features: Tensor, token_ids: Tensor) -> FourTensors:
@@ -186,6 +158,8 @@ def fake_loss(features: Tensor, token_ids: Tensor) -> FourTensors:
 @torch.library.custom_op("onepass_rl::scale_", mutates_args=("gradient",))
 def scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """Multiplies a gradient by a 0-d factor."""
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return
     backend = select_backend(backend, gradient.device, gradient.dtype)
     if gradient.dim() < 2:
         gradient = gradient[None]

@@ -1,177 +1,94 @@
 """The ops on hidden states as `torch.library` custom ops; see `library.py`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import linear
-from kernels.checks import checked_batch, checked_head, checked_rows
-from kernels.library import FourTensors, fake_loss
+from kernels.arguments import HEAD, LOSS, ROWS, HeadArguments, LossArguments, RowArguments
+from kernels.checks import checked_batch, checked_head, checked_rows, flat, like_tokens
+from kernels.library import (
+    FOUR_TENSORS,
+    NUM_ROW_ARGUMENTS,
+    FourTensors,
+    fake_logprobs,
+    fake_loss,
+)
 from kernels.linear_head import default_chunk_tokens, unscaled_dtype, without_autocast
-from kernels.reference import compute_dtype
-from kernels.sharding import VocabShard, localize
-from kernels.spec import LossSpec
+from kernels.sharding import localize
 
 ThreeTensors = tuple[Tensor, Tensor, Tensor]
+SevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+THREE_TENSORS, SEVEN_TENSORS = (f"({', '.join(['Tensor'] * count)})" for count in (3, 7))
+NUM_HEAD_ARGUMENTS = len(HeadArguments._fields)
+NUM_CALL_ARGUMENTS = NUM_HEAD_ARGUMENTS + NUM_ROW_ARGUMENTS
 
 
-@torch.library.custom_op("onepass_rl::linear_token_logprobs", mutates_args=())
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    product_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-) -> FourTensors:
+@torch.library.custom_op(
+    "onepass_rl::linear_token_logprobs",
+    mutates_args=(),
+    schema=f"({HEAD}, {ROWS}) -> {FOUR_TENSORS}",
+)
+def linear_token_logprobs(*arguments: Any) -> FourTensors:
     """`token_logprobs` of hidden @ weight.T + bias."""
-    call = LinearCall(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        None,
-        product_dtype,
-        chunk_tokens,
-        temperature,
-        softcap,
-        shard,
-        shard_group,
-        backend,
-    )
-    with without_autocast(hidden.device):
+    call = LinearCall(arguments)
+    with without_autocast(call.hidden.device):
         rows = linear.token_logprobs_rows(
             call.inputs, call.settings, call.token_ids_N, call.chunk_tokens
         )
-    logprobs, entropy, row_max, log_sum = (values_N.view(token_ids.shape) for values_N in rows)
+    logprobs, entropy, row_max, log_sum = (like_tokens(value_N, call.rows) for value_N in rows)
     return logprobs, entropy, row_max, log_sum
 
 
 @linear_token_logprobs.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *rest: object
-) -> FourTensors:
-    dtype = compute_dtype(hidden)
-    one, two, three, four = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(4))
-    return one, two, three, four
+def _(*arguments: Any) -> FourTensors:
+    return fake_logprobs(arguments[0], arguments[NUM_HEAD_ARGUMENTS])
 
 
-@torch.library.custom_op("onepass_rl::linear_token_logprobs_gradients", mutates_args=())
-def linear_token_logprobs_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    product_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-    values: list[Tensor],
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    wanted: list[bool],
-) -> ThreeTensors:
+@torch.library.custom_op(
+    "onepass_rl::linear_token_logprobs_gradients",
+    mutates_args=(),
+    schema=f"({HEAD}, {ROWS}, Tensor[] values, Tensor grad_logprobs, Tensor grad_entropy, "
+    f"bool[] wanted) -> {THREE_TENSORS}",
+)
+def linear_token_logprobs_gradients(*arguments: Any) -> ThreeTensors:
     """Gradients by hidden states, weight and bias; empty where not wanted."""
-    call = LinearCall(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        None,
-        product_dtype,
-        chunk_tokens,
-        temperature,
-        softcap,
-        shard,
-        shard_group,
-        backend,
-    )
-    with without_autocast(hidden.device):
+    call = LinearCall(arguments)
+    values, grad_logprobs, grad_entropy, wanted = arguments[NUM_CALL_ARGUMENTS:]
+    with without_autocast(call.hidden.device):
         gradients = linear.token_logprobs_gradients(
             call.inputs,
             call.settings,
             call.token_ids_N,
             call.chunk_tokens,
-            [value.reshape(-1) for value in values],
-            (grad_logprobs.reshape(-1), grad_entropy.reshape(-1)),
+            [flat(value) for value in values],
+            (flat(grad_logprobs), flat(grad_entropy)),
             tuple(wanted),
         )
-    return given_gradients(hidden, gradients)
+    return given_gradients(call.hidden, gradients)
 
 
 @linear_token_logprobs_gradients.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> ThreeTensors:
-    return fake_gradients((hidden, weight, bias), rest[-1])
+def _(*arguments: Any) -> ThreeTensors:
+    return fake_gradients(arguments[:3], arguments[-1])
 
 
-@torch.library.custom_op("onepass_rl::linear_policy_loss", mutates_args=())
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    product_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    token_ids: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    denominator: Tensor | None,
-    spec_choices: str,
-    spec_numbers: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    shard: list[int],
-    shard_group: str,
-    backend: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "onepass_rl::linear_policy_loss",
+    mutates_args=(),
+    schema=f"({HEAD}, {ROWS}, {LOSS}, bool[] wanted) -> {SEVEN_TENSORS}",
+)
+def linear_policy_loss(*arguments: Any) -> SevenTensors:
     """`policy_loss` of hidden @ weight.T + bias, and the gradients by the three, those of float16
     in float32 (see `policy_loss`)."""
-    call = LinearCall(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        mask,
-        product_dtype,
-        chunk_tokens,
-        temperature,
-        softcap,
-        shard,
-        shard_group,
-        backend,
-    )
-    spec = LossSpec.from_parts(spec_choices, spec_numbers)
-    batch = checked_batch(
-        call.rows,
-        spec,
-        call.settings.vocab,
-        cu_seqlens=cu_seqlens,
-        advantages=advantages,
-        rewards=rewards,
-        group_size=group_size,
-        denominator=denominator,
-        per_token={
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "sampler_logprobs": sampler_logprobs,
-        },
-    )
-    with without_autocast(hidden.device):
+    *loss_arguments, wanted = arguments[NUM_CALL_ARGUMENTS:]
+    loss_call = LossArguments(*loss_arguments)
+    call = LinearCall(arguments, loss_call.mask)
+    spec = loss_call.spec
+    batch = checked_batch(call.rows, spec, call.settings.vocab, loss_call)
+    with without_autocast(call.hidden.device):
         gradients, (loss, logprobs_N, entropy_N, metrics) = linear.policy_loss_and_gradients(
             call.inputs,
             call.settings,
@@ -181,61 +98,37 @@ def linear_policy_loss(
             tuple(wanted),
             token_ids.shape[1] if token_ids.dim() == 2 else None,
         )
-    logprobs, entropy = logprobs_N.view(token_ids.shape), entropy_N.view(token_ids.shape)
-    return loss, logprobs, entropy, metrics, *given_gradients(hidden, gradients)
+    logprobs, entropy = like_tokens(logprobs_N, call.rows), like_tokens(entropy_N, call.rows)
+    return loss, logprobs, entropy, metrics, *given_gradients(call.hidden, gradients)
 
 
 @linear_policy_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    product_dtype: torch.dtype,
-    chunk_tokens: int | None,
-    token_ids: Tensor,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *fake_loss(hidden, token_ids), *fake_gradients((hidden, weight, bias), rest[-1])
+def _(*arguments: Any) -> SevenTensors:
+    return (
+        *fake_loss(arguments[0], arguments[NUM_HEAD_ARGUMENTS]),
+        *fake_gradients(arguments[:3], arguments[-1]),
+    )
 
 
 class LinearCall:
     """The arguments that the ops on hidden states share, checked and in canonical form."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        product_dtype: torch.dtype,
-        chunk_tokens: int | None,
-        temperature: Tensor,
-        softcap: float,
-        shard: list[int],
-        shard_group: str,
-        backend: str,
-    ) -> None:
-        vocab = VocabShard.from_parts(shard, shard_group)
-        self.settings = checked_head(
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            temperature,
-            softcap,
-            vocab,
-            backend,
-            chunk_tokens,
-            product_dtype,
-        )
+    def __init__(self, arguments: Sequence[Any], mask: Tensor | None = None) -> None:
+        """Of the arguments of an op, the first ones are read: HEAD and ROWS."""
+        head = HeadArguments(*arguments[:NUM_HEAD_ARGUMENTS])
+        rows = RowArguments(*arguments[NUM_HEAD_ARGUMENTS:NUM_CALL_ARGUMENTS])
+        hidden, weight, vocab = head.hidden, head.weight, rows.vocab
+        self.hidden = hidden
+        self.settings = checked_head(head, rows, vocab)
         self.rows = checked_rows(
-            hidden, token_ids, mask, None, len(weight) if vocab is None else None
+            hidden, rows.token_ids, mask, None, len(weight) if vocab is None else None
         )
         self.token_ids_N = localize(self.rows.token_ids_N, vocab)
-        self.inputs = hidden.reshape(-1, hidden.shape[-1]), weight, bias
+        self.inputs = hidden.reshape(-1, hidden.shape[-1]), weight, head.bias
         num_tokens = len(self.token_ids_N)
-        self.chunk_tokens = chunk_tokens or default_chunk_tokens(num_tokens, weight, self.settings)
+        self.chunk_tokens = head.chunk_tokens or default_chunk_tokens(
+            num_tokens, weight, self.settings
+        )
 
 
 def given_gradients(hidden: Tensor, gradients: list[Tensor | None]) -> ThreeTensors:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import library
+from kernels.arguments import LossArguments, RowArguments
 from kernels.autograd import (
     LinearPolicyLossFunction,
     LinearTokenLogprobsFunction,
@@ -92,16 +93,8 @@ def token_logprobs(
     Collectives: with `vocab`, two all_reduces ([N] and [4, N]) in forward, none in backward.
     """
     logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
-    check_devices(logits.device, token_ids=token_ids)
-    logprobs, entropy, lse = TokenLogprobsFunction.apply(
-        logits,
-        token_ids,
-        as_tensor(temperature),
-        inplace_backward,
-        float(softcap),
-        *shard_parts(vocab),
-        backend,
-    )
+    rows = row_arguments(logits, token_ids, temperature, softcap, vocab, backend)
+    logprobs, entropy, lse = TokenLogprobsFunction.apply(logits, inplace_backward, *rows)
     return TokenLogprobs(logprobs, entropy if with_entropy else None, lse)
 
 
@@ -141,18 +134,10 @@ def linear_token_logprobs(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk in forward, and one integer
     if `chunk_tokens` is None; one of the hidden gradient in backward.
     """
-    check_devices(hidden.device, token_ids=token_ids)
+    product_dtype = checked_product_dtype(hidden, weight, bias)
+    rows = row_arguments(hidden, token_ids, temperature, softcap, vocab, backend)
     logprobs, entropy, lse = LinearTokenLogprobsFunction.apply(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        as_tensor(temperature),
-        checked_product_dtype(hidden, weight, bias),
-        chunk_tokens,
-        float(softcap),
-        *shard_parts(vocab),
-        backend,
+        hidden, weight, bias, product_dtype, chunk_tokens, *rows
     )
     return TokenLogprobs(logprobs, entropy if with_entropy else None, lse)
 
@@ -245,37 +230,25 @@ def policy_loss(
     Source: Shao et al. 2024 (2402.03300) equation 3, and the papers named in `spec.PRESETS`.
     """
     logits, vocab = local_logits(logits, vocab, inplace=inplace_backward)
-    tensors = dict(
-        token_ids=token_ids,
+    rows = row_arguments(logits, token_ids, temperature, softcap, vocab, backend)
+    terms = loss_arguments(
+        logits.device,
+        spec,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
         advantages=advantages,
         rewards=rewards,
+        group_size=group_size,
         cu_seqlens=cu_seqlens,
         mask=mask,
+        denominator=denominator,
     )
-    check_devices(logits.device, **tensors)
-    loss, logprobs, entropy, metrics = PolicyLossFunction.apply(
-        logits,
-        backend,
-        inplace_backward,
-        torch.is_grad_enabled() and logits.requires_grad,
-        token_ids,
-        *(detached(x) for x in (old_logprobs, ref_logprobs, sampler_logprobs)),
-        detached(advantages),
-        detached(rewards),
-        group_size,
-        cu_seqlens,
-        mask,
-        None if denominator is None else as_tensor(denominator),
-        spec.choices,
-        spec.numbers,
-        as_tensor(temperature),
-        float(softcap),
-        *shard_parts(vocab),
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    results = PolicyLossFunction.apply(
+        logits, inplace_backward, wants_gradient, backend, *rows, *terms
     )
-    return named_loss(loss, logprobs, entropy, metrics)
+    return named_loss(*results)
 
 
 def linear_policy_loss(
@@ -336,45 +309,69 @@ def linear_policy_loss(
     Collectives: with `vocab`, two all_reduces ([n] and [4, n]) a chunk, one of the hidden gradient,
     and one integer if `chunk_tokens` is None, all in forward.
     """
-    tensors = dict(
-        token_ids=token_ids,
+    product_dtype = checked_product_dtype(hidden, weight, bias)
+    rows = row_arguments(hidden, token_ids, temperature, softcap, vocab, backend)
+    terms = loss_arguments(
+        hidden.device,
+        spec,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
         advantages=advantages,
         rewards=rewards,
+        group_size=group_size,
         cu_seqlens=cu_seqlens,
         mask=mask,
+        denominator=denominator,
     )
-    check_devices(hidden.device, **tensors)
     inputs = hidden, weight, bias
-    loss, logprobs, entropy, metrics = LinearPolicyLossFunction.apply(
-        *inputs,
-        backend,
-        [x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs],
-        checked_product_dtype(hidden, weight, bias),
-        chunk_tokens,
-        token_ids,
-        *(detached(x) for x in (old_logprobs, ref_logprobs, sampler_logprobs)),
-        detached(advantages),
-        detached(rewards),
-        group_size,
-        cu_seqlens,
-        mask,
-        None if denominator is None else as_tensor(denominator),
-        spec.choices,
-        spec.numbers,
-        as_tensor(temperature),
-        float(softcap),
-        *shard_parts(vocab),
+    wanted = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    results = LinearPolicyLossFunction.apply(
+        *inputs, wanted, backend, product_dtype, chunk_tokens, *rows, *terms
     )
-    return named_loss(loss, logprobs, entropy, metrics)
+    return named_loss(*results)
 
 
 def named_loss(loss: Tensor, logprobs: Tensor, entropy: Tensor, metrics: Tensor) -> PolicyLoss:
     """Gives the outputs of a loss function their public form."""
     named = dict(zip(METRIC_NAMES, metrics.unbind(), strict=True))
     return PolicyLoss(loss, logprobs, entropy, named)
+
+
+def row_arguments(
+    features: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    softcap: float,
+    vocab: VocabShard | None,
+    backend: str,
+) -> RowArguments:
+    """What every op reads beside logits or hidden states, as the custom ops take it."""
+    check_devices(features.device, token_ids=token_ids)
+    shard = [] if vocab is None else [vocab.start, vocab.end]
+    group_name = "" if vocab is None else vocab.group.group_name
+    return RowArguments(
+        token_ids, as_tensor(temperature), float(softcap), shard, group_name, backend
+    )
+
+
+def loss_arguments(
+    device: torch.device,
+    spec: LossSpec,
+    *,
+    group_size: int | None,
+    denominator: float | Tensor | None,
+    **tensors: Tensor | None,
+) -> LossArguments:
+    """What the loss ops read besides, as the custom ops take it: detached."""
+    check_devices(device, **tensors)
+    return LossArguments(
+        **{name: detached(tensor) for name, tensor in tensors.items()},
+        group_size=group_size,
+        denominator=None if denominator is None else as_tensor(denominator),
+        spec_choices=spec.choices,
+        spec_numbers=spec.numbers,
+    )
 
 
 def as_tensor(number: float | Tensor) -> Tensor:
@@ -393,9 +390,4 @@ def constant(number: float) -> Tensor:
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def shard_parts(vocab: VocabShard | None) -> tuple[list[int], str]:
-    """A shard as the custom ops take it."""
-    return ([], "") if vocab is None else ([vocab.start, vocab.end], vocab.group.group_name)
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import kernels
 from kernels import LossSpec, library, linear_library
+from kernels.arguments import LossArguments, RowArguments
 from kernels.testing import GrpoBatch, grpo_batch
 
 WIDTH = 101
@@ -24,32 +25,29 @@ def any_compilation() -> Iterator[None]:
     torch.compiler.set_stance("default")
 
 
-def arguments_of(batch: GrpoBatch, spec: LossSpec, temperature: float) -> tuple[object, ...]:
+def arguments_of(batch: GrpoBatch, spec: LossSpec, temperature: Tensor) -> tuple[object, ...]:
     """What `library.policy_loss` takes after the gradient and the logits."""
-    return (
-        batch.token_ids_N,
-        batch.old_logprobs_N,
-        batch.ref_logprobs_N,
-        None,
-        None,
-        batch.rewards_S,
-        batch.group_size,
-        batch.cu_seqlens,
-        None,
-        None,
-        spec.choices,
-        spec.numbers,
-        torch.tensor(temperature),
-        0.0,
-        [],
-        "",
+    rows = RowArguments(batch.token_ids_N, temperature, 0.0, [], "", "reference")
+    terms = LossArguments(
+        old_logprobs=batch.old_logprobs_N,
+        ref_logprobs=batch.ref_logprobs_N,
+        sampler_logprobs=None,
+        advantages=None,
+        rewards=batch.rewards_S,
+        group_size=batch.group_size,
+        cu_seqlens=batch.cu_seqlens,
+        mask=None,
+        denominator=None,
+        spec_choices=spec.choices,
+        spec_numbers=spec.numbers,
     )
+    return (*rows, *terms)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_policy_loss_op_passes_opcheck(loss: str) -> None:
     batch = grpo_batch(24, WIDTH, torch.float32)
-    rest = (*arguments_of(batch, LOSSES[loss], 0.9), "reference")
+    rest = arguments_of(batch, LOSSES[loss], torch.tensor(0.9))
     torch.library.opcheck(library.policy_loss, (None, batch.logits_NV, *rest))
     gradient = torch.empty_like(batch.logits_NV)
     torch.library.opcheck(library.policy_loss, (gradient, batch.logits_NV, *rest))
@@ -58,16 +56,15 @@ def test_policy_loss_op_passes_opcheck(loss: str) -> None:
 
 def test_token_logprobs_ops_pass_opcheck() -> None:
     batch = grpo_batch(24, WIDTH, torch.float32)
-    scaling = (torch.rand(24) + 0.5, 0.0, [], "", "reference")
-    values = library.token_logprobs(batch.logits_NV, batch.token_ids_N, *scaling)
-    torch.library.opcheck(library.token_logprobs, (batch.logits_NV, batch.token_ids_N, *scaling))
+    rows = RowArguments(batch.token_ids_N, torch.rand(24) + 0.5, 0.0, [], "", "reference")
+    values = library.token_logprobs(batch.logits_NV, *rows)
+    torch.library.opcheck(library.token_logprobs, (batch.logits_NV, *rows))
     torch.library.opcheck(
         library.token_logprobs_gradient,
         (
             torch.empty_like(batch.logits_NV),
             batch.logits_NV,
-            batch.token_ids_N,
-            *scaling,
+            *rows,
             list(values),
             *torch.randn(2, 24),
         ),
@@ -83,12 +80,11 @@ def test_linear_ops_pass_opcheck(loss: str) -> None:
     )
     chunked = (torch.float32, 10)
     wanted = [True, False, True]
-    rest = (*arguments_of(batch, LOSSES[loss], 0.9), "reference")
+    rest = arguments_of(batch, LOSSES[loss], torch.tensor(0.9))
     torch.library.opcheck(
         linear_library.linear_policy_loss, (hidden, weight, bias, *chunked, *rest, wanted)
     )
-    scaling = (torch.tensor(0.9), 0.0, [], "", "reference")
-    call = (hidden, weight, bias, batch.token_ids_N, *chunked, *scaling)
+    call = (hidden, weight, bias, *chunked, *rest[: len(RowArguments._fields)])
     torch.library.opcheck(linear_library.linear_token_logprobs, call)
     values = list(linear_library.linear_token_logprobs(*call))
     torch.library.opcheck(

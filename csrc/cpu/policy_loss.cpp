@@ -74,6 +74,21 @@ std::vector<Token> resolve_tokens(const PolicyBatch& batch, const LossSpec& spec
   return tokens;
 }
 
+// Whole cache lines, so that no vector lies across two.
+struct CacheLine {
+  alignas(64) float values[16];
+};
+
+// Room for the exponentials of a row. Each thread keeps its own from call to call: fresh memory
+// would cost a page fault every 1024 columns.
+float* room_for_row(int64_t columns) {
+  constexpr int64_t kPerLine = sizeof(CacheLine) / sizeof(float);
+  thread_local std::vector<CacheLine> room;
+  const size_t lines = (columns + kPerLine - 1) / kPerLine;
+  if (room.size() < lines) room.resize(lines);
+  return room.empty() ? nullptr : room.data()->values;
+}
+
 }  // namespace
 
 void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBatch& batch,
@@ -95,7 +110,6 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
   const bool keep = outputs.grad && scale.softcap <= 0.0f && spec.entropy_weight == 0.0;
   const bool keep_in_grad = logits.dtype == DType::kFloat32;
   const int64_t kept_columns = keep && !keep_in_grad ? blocks * kBlockColumns : 0;
-  const std::unique_ptr<float[]> kept(new float[used_threads * kept_columns]);
 
   for_each_row(logits, used_threads, [&](int slot, int64_t n, int64_t next) {
     const int64_t id = batch.token_ids[n];
@@ -107,7 +121,7 @@ void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBa
     }
     const Row row = row_of(logits, scale, n, id, next);
     const TargetLogit target = target_logit(read_column(logits, n, id), row, kernels);
-    float* room = keep_in_grad ? static_cast<float*>(out) : &kept[slot * kept_columns];
+    float* room = keep_in_grad ? static_cast<float*>(out) : room_for_row(kept_columns);
     const RowTrace trace = {keep ? room : nullptr, &bases[slot * blocks]};
     OnlineSoftmax<double> others = forward(row, trace);
     // Rounded to float32 where row_stats does, so that the log-probs are those of token_logprobs to
