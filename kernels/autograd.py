@@ -107,6 +107,7 @@ class PolicyLossFunction(torch.autograd.Function):
             ctx.save_for_backward(gradient, unit)
         ctx.backend, ctx.num_arguments, ctx.handed_out = backend, len(arguments), False
         loss, logprobs, entropy, metrics = outputs
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprobs, entropy, metrics)
         return loss, logprobs, entropy, metrics
 
@@ -195,6 +196,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.handed_out = False
         loss, logprobs, entropy, metrics = outputs
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprobs, entropy, metrics)
         return loss, logprobs, entropy, metrics
 
