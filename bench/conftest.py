@@ -71,7 +71,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
         if is_timed:
             rounds.time()
         record.rows += [Row.of(case, name, result) for name, result in rounds.results.items()]
-        benchmark._mode = "rounds by turns"
+        benchmark._mode = "rounds beside plain PyTorch"
         for name, result in rounds.results.items():
             if result.seconds:
                 add_to_pytest_benchmark(benchmark, case, name, result.seconds)
@@ -82,7 +82,7 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
 def add_to_pytest_benchmark(benchmark: Any, case: Case, name: str, seconds: list[float]) -> None:
     """Hands rounds to pytest-benchmark, whose options then work on them.
 
-    Its own loop runs one function a test, all rounds in a block; ours take turns.
+    Its own loop runs one function a test; ours runs plain PyTorch between the rounds.
     """
     one = copy(benchmark)
     one.group = str(case)

@@ -1,17 +1,23 @@
 """What every benchmark shares: a case, its checks, its rounds and its peak memory.
 
 A case is one op on one dtype and shape, computed by several implementations. Each is first checked
-against float64; then all of them and the ceilings take turns, round by round, on inputs restored
-outside the clock. Nothing passes or fails on speed.
+against float64. Then each is timed in a block of its own, in which plain PyTorch, the
+implementation and the ceilings take turns, on inputs restored outside the clock. A ratio is the
+median over the rounds of a block, so its two sides were measured within a fraction of a second of
+each other: on a shared machine whose speed drifts by a third within a minute, a rotation of all
+implementations compares what ran seconds apart. Before every turn malloc gives free memory back to
+the system, so that none starts with pages that another has left (plain PyTorch was 15 % faster
+after TRL than after itself). Nothing passes or fails on speed.
 """
 
 import ctypes
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -38,8 +44,8 @@ CHECKED_NAMES = (PLAIN, UPCAST, *BACKENDS)
 CHECKED_TOKENS = 8
 CHECKED_SHAPES = [(CHECKED_TOKENS, width) for width in VOCABULARIES]
 MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
-# An implementation slower than this over its rounds stops at the fewest.
-SECONDS_EACH = 2.0
+# A block that has taken longer stops at the fewest.
+SECONDS_A_BLOCK = 3.0
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 Factory = Callable[[], Implementation]
@@ -70,7 +76,7 @@ class Case:
     unit: str
     """"GB/s" or "TFLOP/s"."""
     ceilings: dict[str, Callable[[], object]]
-    """Bare copies or products, timed in the same rounds."""
+    """Bare copies or products, timed beside every implementation."""
     ceiling_work: float
 
     def __str__(self) -> str:
@@ -92,7 +98,11 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     """Relative to float64, of each output and gradient."""
     seconds: list[float] = field(default_factory=list)
-    """One a round."""
+    """One a round; of plain PyTorch and the ceilings, the rounds of all blocks."""
+    times_plain: list[float] = field(default_factory=list)
+    """How many times faster than plain PyTorch, one a round."""
+    over_ceiling: list[float] = field(default_factory=list)
+    """How many times slower than the fastest ceiling, one a round."""
     peak_bytes: int | None = None
     """Most memory held beyond the inputs, results included."""
 
@@ -186,18 +196,31 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def step(implementation: Implementation, leaves: list[Tensor], upstream: list[Tensor]) -> object:
+    """What is timed: forward, and backward from `upstream` if there is any."""
+    outputs = implementation(*leaves)
+    if upstream:
+        torch.autograd.backward(outputs, upstream)
+    return outputs
+
+
 def run(case: Case, implementation: Implementation, leaves: list[Tensor]) -> dict[str, Tensor]:
     """Outputs and gradients of one implementation, by name."""
     outputs = implementation(*leaves)
     results = dict(zip(case.outputs, outputs, strict=True))
     if case.upstream:
-        torch.autograd.backward(
-            outputs, [grad.to(out.dtype) for out, grad in zip(outputs, case.upstream, strict=True)]
-        )
+        torch.autograd.backward(outputs, upstream_of(case, outputs))
         for name, leaf in zip(case.inputs, leaves, strict=True):
             assert leaf.grad is not None
             results[f"grad {name}"] = leaf.grad
     return {name: result.detach() for name, result in results.items()}
+
+
+def upstream_of(case: Case, outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients by the outputs in the dtypes of the outputs."""
+    if not case.upstream:
+        return []
+    return [grad.to(out.dtype) for out, grad in zip(outputs, case.upstream, strict=True)]
 
 
 def truth(case: Case) -> dict[str, Tensor]:
@@ -215,17 +238,21 @@ def _status_bytes(field_name: str) -> int:
     raise RuntimeError(f"/proc/self/status: expected a line {field_name}, found none")
 
 
+def trim_heap() -> None:
+    """Gives memory that nobody uses back to the system, which else would be used again unseen."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Most memory that the process, or the GPU, holds beyond what it held at the start."""
 
     def __init__(self) -> None:
         gc.collect()
+        trim_heap()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
-        # Freed memory that malloc keeps would be used again without being seen.
-        ctypes.CDLL(None).malloc_trim(0)
         # Linux forgets the peak resident size on this write (man 5 proc, clear_refs).
         Path("/proc/self/clear_refs").write_text("5")
         self.before = _status_bytes("VmRSS")
@@ -238,13 +265,13 @@ class PeakMemory:
 
 
 class Rounds:
-    """The implementations of a case, checked and then timed by turns."""
+    """The implementations of a case, checked and then timed."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.buffers = [torch.empty_like(tensor) for tensor in case.inputs.values()]
         self.results: dict[str, Result] = {}
-        self._rounds: dict[str, Callable[[], float]] = {}
+        self._turns: dict[str, Callable[[], float]] = {}
         self._truth = truth(case)
 
     def _fresh_leaves(self) -> list[Tensor]:
@@ -254,34 +281,58 @@ class Rounds:
         return [buffer.detach().requires_grad_(wants_grad) for buffer in self.buffers]
 
     def enter(self, name: str, implementation: Implementation, *, timed: bool) -> None:
-        """Checks an implementation, and lets it take part in the rounds if it is `timed`."""
+        """Checks an implementation, and lets it be timed if it is `timed`."""
         results = run(self.case, implementation, self._fresh_leaves())
         errors = {key: relative_error(results[key], want) for key, want in self._truth.items()}
         self.results[name] = Result(errors=errors)
+        upstream = upstream_of(self.case, (results[output] for output in self.case.outputs))
 
-        def one_round() -> float:
+        def turn() -> float:
             leaves = self._fresh_leaves()
-            return seconds_of(lambda: run(self.case, implementation, leaves))
+            return seconds_of(lambda: step(implementation, leaves, upstream))
 
         if timed:
-            self._rounds[name] = one_round
+            self._turns[name] = turn
 
     def time(self) -> None:
-        """Rounds by turns: slow implementations leave early. The first one measures memory."""
+        """A block of rounds for each implementation beside plain PyTorch."""
         self._truth.clear()
+        ceilings: dict[str, Callable[[], float]] = {}
         for name, ceiling in self.case.ceilings.items():
             self.results[name] = Result()
             ceiling()
-            self._rounds[name] = lambda ceiling=ceiling: seconds_of(ceiling)
+            ceilings[name] = partial(seconds_of, ceiling)
+        plain = {PLAIN: self._turns.pop(PLAIN)} if PLAIN in self._turns else {}
+        for name, turn in self._turns.items():
+            self._time_block(plain | {name: turn} | ceilings)
+
+    def _time_block(self, turns: dict[str, Callable[[], float]]) -> None:
+        """Rounds in which `turns` follow each other."""
+        block: dict[str, list[float]] = {name: [] for name in turns}
         for number in range(MOST_ROUNDS):
-            for name, one_round in self._rounds.items():
-                result = self.results[name]
-                if number >= FEWEST_ROUNDS and sum(result.seconds) > SECONDS_EACH:
-                    continue
-                memory = PeakMemory() if number == 0 else None
-                result.seconds.append(one_round())
-                if memory is not None:
-                    result.peak_bytes = memory.extra_bytes()
+            if number >= FEWEST_ROUNDS and sum(map(sum, block.values())) > SECONDS_A_BLOCK:
+                break
+            for name, turn in turns.items():
+                block[name].append(self._timed(name, turn))
+        fastest = min((block[name] for name in self.case.ceilings), key=statistics.median)
+        for name, seconds in block.items():
+            result = self.results[name]
+            result.seconds += seconds
+            result.over_ceiling += [own / bare for own, bare in zip(seconds, fastest, strict=True)]
+            if PLAIN in block:
+                plain = zip(block[PLAIN], seconds, strict=True)
+                result.times_plain += [base / own for base, own in plain]
+
+    def _timed(self, name: str, turn: Callable[[], float]) -> float:
+        """Seconds of a turn; the first one of an implementation measures its memory too."""
+        result = self.results[name]
+        if result.peak_bytes is not None:
+            trim_heap()
+            return turn()
+        memory = PeakMemory()
+        seconds = turn()
+        result.peak_bytes = memory.extra_bytes()
+        return seconds
 
 
 def seconds_of(call: Callable[[], object]) -> float:

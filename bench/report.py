@@ -10,15 +10,15 @@ from pathlib import Path
 from harness import CHECKED_NAMES, PLAIN, Case, Result
 
 SPEED_LEGEND = (
-    "Rounds of all implementations of a case take turns; medians. The ceiling is a plain copy of "
-    "the logits, or the bare matrix products, timed in the same rounds. Error: relative to "
-    "float64, of the gradient where there is one. Extra MB: most memory held beyond the inputs, "
-    "gradients included."
+    "Each implementation is timed in rounds of plain PyTorch, the implementation and the ceiling, "
+    "in turn; all figures are medians over rounds, ratios those of a round, with p20 and p80 in "
+    "brackets. The ceiling is a plain copy of the logits, or the bare matrix products. x compile: "
+    "of the two ratios to plain PyTorch. Error: relative to float64, of the gradient where there "
+    "is one. Extra MB: most memory held beyond the inputs, gradients included."
 )
 ERROR_LEGEND = (
     "|got - float64| / |float64| in the Euclidean norm, on the same inputs. In brackets: the "
-    "largest share of plain PyTorch's error in any one case. Where a GPU rounds to bfloat16, "
-    "Triton's interpreter truncates, which doubles the error of a bfloat16 gradient."
+    "largest share of plain PyTorch's error in any one case."
 )
 
 
@@ -35,9 +35,14 @@ class Row:
     rounds: int
     """0: checked, not timed."""
     seconds: float
-    """Median of the rounds."""
+    """Median of the rounds, as all that follow."""
     p20: float
     p80: float
+    times_plain: tuple[float, float, float] | None
+    """p20, median and p80 of how many times faster than plain PyTorch; None where it is not
+    timed."""
+    over_ceiling: float
+    """How many times slower than the fastest ceiling."""
     work: float
     """Bytes or FLOP that no implementation can avoid."""
     unit: str
@@ -49,8 +54,7 @@ class Row:
     @classmethod
     def of(cls, case: Case, name: str, result: Result) -> "Row":
         """Sums up what a contest measured."""
-        times = sorted(result.seconds)
-        last = max(0, len(times) - 1)
+        p20, median, p80 = quantiles(result.seconds)
         is_ceiling = name in case.ceilings
         return cls(
             case=str(case),
@@ -58,10 +62,12 @@ class Row:
             dtype=str(case.dtype).removeprefix("torch."),
             implementation=name,
             is_ceiling=is_ceiling,
-            rounds=len(times),
-            seconds=statistics.median(times) if times else 0.0,
-            p20=times[round(last * 0.2)] if times else 0.0,
-            p80=times[round(last * 0.8)] if times else 0.0,
+            rounds=len(result.seconds),
+            seconds=median,
+            p20=p20,
+            p80=p80,
+            times_plain=quantiles(result.times_plain) if result.times_plain else None,
+            over_ceiling=quantiles(result.over_ceiling)[1],
             work=case.ceiling_work if is_ceiling else case.work,
             unit=case.unit,
             errors=result.errors,
@@ -112,15 +118,38 @@ def table(header: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def relative_speed(rows: dict[str, Row], row: Row, baseline: str) -> str:
-    """How many times faster a row is than the baseline of its case."""
-    base = rows.get(baseline)
-    return f"{base.seconds / row.seconds:.1f}" if base and base.rounds else ""
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, median and p80; zeros for no values."""
+    if not values:
+        return 0.0, 0.0, 0.0
+    ordered, last = sorted(values), len(values) - 1
+    return (
+        ordered[round(last * 0.2)],
+        statistics.median(ordered),
+        ordered[round(last * 0.8)],
+    )
 
 
-def fastest_ceiling(rows: dict[str, Row]) -> Row:
-    """The bare copy or products that bound a case."""
-    return max((row for row in rows.values() if row.is_ceiling), key=lambda row: row.rate)
+def times_plain(row: Row) -> str:
+    """How many times faster than plain PyTorch."""
+    if row.times_plain is None:
+        return ""
+    p20, median, p80 = row.times_plain
+    return f"{median:.1f} ({p20:.1f}-{p80:.1f})"
+
+
+def times_compile(rows: dict[str, Row], row: Row) -> str:
+    """How many times faster than torch.compile, each of them beside plain PyTorch."""
+    base = rows["compile"].times_plain if "compile" in rows else None
+    if row.times_plain is None or base is None:
+        return ""
+    return f"{row.times_plain[1] / base[1]:.1f}"
+
+
+def share_of_ceiling(rows: dict[str, Row], row: Row) -> float:
+    """The rate of a row as a share of the fastest ceiling's."""
+    ceiling = next(other for other in rows.values() if other.is_ceiling)
+    return row.work / ceiling.work / row.over_ceiling
 
 
 def gradient_error(row: Row) -> float:
@@ -136,17 +165,16 @@ def speed_table(record: Record) -> str:
         for row in rows.values():
             if not row.rounds:
                 continue
-            ceiling = fastest_ceiling(rows)
             lines.append(
                 [
                     case,
                     row.implementation,
                     f"{row.seconds * 1e3:.1f} ({row.p20 * 1e3:.1f}-{row.p80 * 1e3:.1f})",
-                    relative_speed(rows, row, PLAIN),
-                    relative_speed(rows, row, "compile"),
-                    f"{row.seconds / ceiling.seconds:.2f}",
+                    times_plain(row),
+                    times_compile(rows, row),
+                    f"{row.over_ceiling:.2f}",
                     f"{row.rate:.3g} {row.unit}",
-                    f"{row.rate / ceiling.rate:.0%}",
+                    f"{share_of_ceiling(rows, row):.0%}",
                     f"{gradient_error(row):.1e}" if row.errors else "",
                     ""
                     if row.is_ceiling or row.peak_bytes is None
@@ -244,7 +272,7 @@ def comparison(old: Record, new: Record) -> str:
                 lines.append([case, name, "new", "", "", ""])
                 continue
             figures = {
-                "time / ceiling": (_over_ceiling(before[case], past), _over_ceiling(rows, row)),
+                "time / ceiling": (past.over_ceiling, row.over_ceiling),
                 "error": (gradient_error(past), gradient_error(row)),
                 "extra MB": ((past.peak_bytes or 0) / 1e6, (row.peak_bytes or 0) / 1e6),
             }
@@ -260,7 +288,3 @@ def comparison(old: Record, new: Record) -> str:
         if name not in after[case]
     ]
     return table(["case", "implementation", "figure", "old", "new", "new / old"], lines)
-
-
-def _over_ceiling(rows: dict[str, Row], row: Row) -> float:
-    return row.seconds / fastest_ceiling(rows).seconds if row.rounds else math.nan
