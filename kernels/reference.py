@@ -88,27 +88,35 @@ def grad_logits(
         d_j = coef_logprob * (1[j=y] - p_j) - coef_entropy * p_j * (log p_j + entropy),
     times the derivative of z_j; 1 - p_y is -expm1(log p_y), so that it survives p_y -> 1. Rows
     whose coefficients are both zero, and ignored rows, are exact zeros. `out_OIW` may be the
-    logits themselves.
+    logits themselves. What all columns of a row share, and the target column, is computed in
+    float64 and rounded once, as the other backends do.
     """
     z_NW = scaled_logits(logits_OIW, inv_temperature, softcap)
-    logp_NW = z_NW - row_max_N[:, None] - log_sum_N[:, None]
-    p_NW = logp_NW.exp()
-    ids_N1 = token_ids_N.clamp(min=0)[:, None]
-    one_minus_p_N1 = -torch.expm1(logp_NW.gather(1, ids_N1))
-    grad_NW = -coef_logprob_N[:, None] * p_NW
-    target_N1 = torch.where(
-        token_ids_N[:, None] >= 0,
-        coef_logprob_N[:, None] * one_minus_p_N1,
-        grad_NW.gather(1, ids_N1),
+    dtype = z_NW.dtype
+    max_N1, log_sum_N1, entropy_N1, logprob_slope_N1, entropy_slope_N1 = (
+        values_N.double()[:, None]
+        for values_N in (row_max_N, log_sum_N, entropy_N, coef_logprob_N, coef_entropy_N)
     )
-    grad_NW.scatter_(1, ids_N1, target_N1)
-    surprise_NW = torch.where(p_NW == 0, 0.0, p_NW * (logp_NW + entropy_N[:, None]))
-    grad_NW -= coef_entropy_N[:, None] * surprise_NW
+    share_N1 = torch.exp(-log_sum_N1)
+    shift_NW = z_NW - row_max_N[:, None]
+    exp_NW = shift_NW.exp()
+    surprise_NW = exp_NW * (shift_NW + (entropy_N1 - log_sum_N1).to(dtype))
+    grad_NW = exp_NW * (-logprob_slope_N1 * share_N1).to(dtype)
+    grad_NW -= torch.where(exp_NW == 0, 0.0, surprise_NW * (entropy_slope_N1 * share_N1).to(dtype))
+    ids_N1 = token_ids_N.clamp(min=0)[:, None]
+    logp_N1 = z_NW.gather(1, ids_N1).double() - max_N1 - log_sum_N1
+    p_N1 = logp_N1.exp()
+    surprise_N1 = torch.where(p_N1 == 0, 0.0, p_N1 * (logp_N1 + entropy_N1))
+    target_N1 = -logprob_slope_N1 * logp_N1.expm1() - entropy_slope_N1 * surprise_N1
+    here_N1 = token_ids_N[:, None] >= 0
+    grad_NW.scatter_(
+        1, ids_N1, torch.where(here_N1, target_N1.to(dtype), grad_NW.gather(1, ids_N1))
+    )
     if softcap > 0:
-        x_NW = logits_OIW.reshape(z_NW.shape).to(z_NW.dtype)
+        x_NW = logits_OIW.reshape(z_NW.shape).to(dtype)
         grad_NW *= 1 - torch.tanh(x_NW / softcap) ** 2
     if isinstance(inv_temperature, Tensor):
-        grad_NW *= inv_temperature.to(grad_NW.dtype)[:, None]
+        grad_NW *= inv_temperature.to(dtype)[:, None]
     else:
         grad_NW *= inv_temperature
     zero_N = (token_ids_N == IGNORED) | ((coef_logprob_N == 0) & (coef_entropy_N == 0))

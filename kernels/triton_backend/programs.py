@@ -15,6 +15,7 @@ from kernels.triton_backend.row_passes import (
     logprob_and_entropy,
     merged_sums,
     part_of_row,
+    rounded,
     row_offset,
     row_sums,
     scaled,
@@ -381,4 +382,4 @@ def scale_kernel(
             columns = start + tl.arange(0, DEPTH * LANES)
             inside = columns < width
             grad = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32) * factor
-            tl.store(row_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+            tl.store(row_ptr + columns, rounded(grad, grad_ptr.dtype.element_ty), mask=inside)

@@ -20,6 +20,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # exp of anything lower is 0 in float32; a finite bound keeps -inf out of products.
 LOWEST = tl.constexpr(-200.0)
 ROW_ALIGNMENT = tl.constexpr(16)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -64,6 +65,17 @@ def scaled(
         slope = tl.div_rn(4.0 * (1.0 + e), (2.0 + e) * (2.0 + e))
         x = tl.where(x < 0, -capped, capped)
     return x * inv_temperature, slope
+
+
+@triton.jit
+def rounded(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 to the nearest of DTYPE. Triton's interpreter cuts the low half of the bits off for
+    bfloat16, and so is given bits that are already rounded, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -239,7 +251,8 @@ def write_gradient(
         gradient = tl.where(columns == token_id, target, gradient)
         if HAS_SOFTCAP:
             gradient *= slope
-        tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)
+        gradient = rounded(gradient, out_row_ptr.dtype.element_ty)
+        tl.store(out_row_ptr + columns, gradient, mask=inside)
 
 
 @triton.jit
