@@ -2,8 +2,9 @@
 
 The ceiling is three bare matrix products on buffers that exist already, logits included: hidden @
 weight.T, gradient @ weight, gradient.T @ hidden. A CPU without bfloat16 products computes them
-orders of magnitude slower than in float32, so the float32 ones are a ceiling there too, and
-implementations that multiply in bfloat16 are left out of the large case.
+orders of magnitude slower than in float32, so that the float32 ones are the ceiling there, and
+bfloat16 is timed on a few tokens only. The largest case on a CPU, seconds a round, is between plain
+PyTorch, ours and the ceiling; the others meet on fewer tokens.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,12 @@ from harness import (
     CHECKED_TOKENS,
     DEVICE,
     DTYPES,
-    UPCAST,
+    PLAIN,
     VOCABULARIES,
     Case,
     Compete,
     Factory,
     Implementation,
-    Unavailable,
     our_backends,
     seconds_of,
     shape_params,
@@ -49,8 +49,7 @@ from kernels.testing import (
 # Tokens, model width, vocabulary.
 CHECKED = [(CHECKED_TOKENS, 64, width) for width in VOCABULARIES]
 if DEVICE == "cpu":
-    # The small one is there for products in bfloat16.
-    SMALL, CLAIMED, OTHERS = (32, 576, 49152), (4096, 576, 49152), (1024, 576, 49152)
+    SMALL, CLAIMED, OTHERS = (16, 576, 49152), (4096, 576, 49152), (512, 576, 49152)
     FULL = [(1024, 896, 151936), (1024, 640, 262144)]
 else:
     SMALL, CLAIMED, OTHERS = (1024, 4096, 151936), (8192, 4096, 151936), (8192, 4096, 151936)
@@ -82,6 +81,17 @@ def bare_products(hidden_ND: Tensor, weight_VD: Tensor) -> Callable[[], None]:
     return products
 
 
+def is_emulated(contest: Compete, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a case is left out because its products would take minutes."""
+    left_out = shape[0] > SMALL[0] and emulates(dtype)
+    if left_out:
+        contest.leave_out(
+            f"{op}, bfloat16 {list(shape)}",
+            f"bfloat16 products are emulated on this CPU: timed on {SMALL[0]} tokens only",
+        )
+    return left_out
+
+
 def linear_case(
     op: str,
     batch: GrpoHidden,
@@ -93,15 +103,8 @@ def linear_case(
     hidden_ND, weight_VD = batch.hidden_ND, batch.weight_VD
     (num_tokens, model_width), width = hidden_ND.shape, len(weight_VD)
     flop = 6.0 * num_tokens * model_width * width
-    dtypes = [hidden_ND.dtype]
-    if emulates(hidden_ND.dtype):
-        dtypes = [torch.float32, *dtypes][: 2 if num_tokens <= SMALL[0] else 1]
-    ceilings = {
-        f"3 products, {str(dtype).removeprefix('torch.')}": bare_products(
-            hidden_ND.to(dtype), weight_VD.to(dtype)
-        )
-        for dtype in dtypes
-    }
+    dtype = torch.float32 if emulates(hidden_ND.dtype) else hidden_ND.dtype
+    products = bare_products(hidden_ND.to(dtype), weight_VD.to(dtype))
     return Case(
         op=op,
         dtype=hidden_ND.dtype,
@@ -111,7 +114,7 @@ def linear_case(
         upstream=(torch.ones((), device=DEVICE) if upstream is None else upstream,),
         plain=plain,
         work=flop,
-        ceilings=ceilings,
+        ceilings={f"3 products, {str(dtype).removeprefix('torch.')}": products},
         ceiling_work=flop,
         unit="TFLOP/s",
     )
@@ -122,12 +125,9 @@ def with_backends(
 ) -> dict[str, Factory]:
     """Everyone who can take part in a case."""
 
-    def too_slow() -> Implementation:
-        raise Unavailable("products in bfloat16, which this CPU lacks: in the small case only")
-
     factories = plain_rivals(case.plain, case.dtype) | rivals
-    if emulates(case.dtype) and case.shape[0] > SMALL[0]:
-        factories = dict.fromkeys(factories, too_slow) | {UPCAST: factories[UPCAST]}
+    if DEVICE == "cpu" and case.shape == CLAIMED:
+        factories = {PLAIN: factories[PLAIN]}
     return factories | our_backends(make, case.shape[0], inplace=False)
 
 
@@ -178,13 +178,18 @@ def our_logprobs(batch: GrpoHidden, *, backend: str, inplace: bool) -> Implement
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", shape_params(CHECKED, [SMALL, CLAIMED], FULL))
+@pytest.mark.parametrize(
+    "shape", shape_params(CHECKED, list(dict.fromkeys([SMALL, OTHERS, CLAIMED])), FULL)
+)
 def bench_linear_policy_loss(
     contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    op = "linear_policy_loss grpo + k3"
+    if is_emulated(contest, op, shape, dtype):
+        return
     batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
     case = linear_case(
-        "linear_policy_loss grpo + k3",
+        op,
         batch,
         lambda hidden_ND, weight_VD: (eager_policy_loss(hidden_ND @ weight_VD.t(), batch),),
     )
@@ -200,9 +205,12 @@ def bench_linear_policy_loss(
 def bench_linear_mean_nll(
     contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    op = "linear_policy_loss mean NLL"
+    if is_emulated(contest, op, shape, dtype):
+        return
     batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
     case = linear_case(
-        "linear_policy_loss mean NLL",
+        op,
         batch,
         lambda hidden_ND, weight_VD: (
             functional.cross_entropy(hidden_ND @ weight_VD.t(), batch.token_ids_N),
@@ -215,10 +223,13 @@ def bench_linear_mean_nll(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", shape_params(CHECKED, [OTHERS], [SMALL, *FULL]))
+@pytest.mark.parametrize("shape", shape_params(CHECKED[1:2], [OTHERS], [SMALL, *FULL]))
 def bench_linear_token_logprobs(
     contest: Compete, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    op = "linear_token_logprobs, backward"
+    if is_emulated(contest, op, shape, dtype):
+        return
     batch = grpo_hidden_batch(*shape, dtype, device=DEVICE)
     ids_N, num_tokens = batch.token_ids_N, shape[0]
     upstream_N = torch.randn(num_tokens, generator=torch.Generator().manual_seed(1)) / num_tokens
@@ -228,7 +239,7 @@ def bench_linear_token_logprobs(
         return lambda hidden_ND, weight_VD: (-nll_of(hidden_ND, weight_VD)[0],)
 
     case = linear_case(
-        "linear_token_logprobs, backward",
+        op,
         batch,
         lambda hidden_ND, weight_VD: (eager_logprobs(hidden_ND @ weight_VD.t(), ids_N),),
         "logprobs",

@@ -52,14 +52,16 @@ def pytest_benchmark_update_machine_info(
     machine_info.update(config.stash[RECORD].machine)
 
 
-@pytest.fixture
-def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
-    """Runs a case, each implementation made by its factory, and records it."""
-    record = request.config.stash[RECORD]
-    errors_only = request.config.getoption("--errors-only")
+class Contest:
+    """Runs cases and records them."""
 
-    def run(case: Case, factories: dict[str, Factory]) -> None:
-        is_timed = case.is_timed and not errors_only
+    def __init__(self, benchmark: Any, config: pytest.Config) -> None:
+        self.benchmark, self.record = benchmark, config.stash[RECORD]
+        self.errors_only = config.getoption("--errors-only")
+        benchmark._mode = "rounds beside plain PyTorch"
+
+    def __call__(self, case: Case, factories: dict[str, Factory]) -> None:
+        is_timed = case.is_timed and not self.errors_only
         if not is_timed:
             factories = {name: factories[name] for name in CHECKED_NAMES if name in factories}
         rounds = Rounds(case)
@@ -67,16 +69,22 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
             try:
                 rounds.enter(name, factory(), timed=is_timed and name != "reference")
             except Unavailable as reason:
-                record.missing.setdefault(f"{name}: {reason}", []).append(str(case))
+                self.leave_out(str(case), f"{name}: {reason}")
         if is_timed:
             rounds.time()
-        record.rows += [Row.of(case, name, result) for name, result in rounds.results.items()]
-        benchmark._mode = "rounds beside plain PyTorch"
+        self.record.rows += [Row.of(case, name, result) for name, result in rounds.results.items()]
         for name, result in rounds.results.items():
             if result.seconds:
-                add_to_pytest_benchmark(benchmark, case, name, result.seconds)
+                add_to_pytest_benchmark(self.benchmark, case, name, result.seconds)
 
-    return run
+    def leave_out(self, case: str, reason: str) -> None:
+        self.record.missing.setdefault(reason, []).append(case)
+
+
+@pytest.fixture
+def contest(benchmark: Any, request: pytest.FixtureRequest) -> Compete:
+    """Runs a case, each implementation made by its factory, and records it."""
+    return Contest(benchmark, request.config)
 
 
 def add_to_pytest_benchmark(benchmark: Any, case: Case, name: str, seconds: list[float]) -> None:

@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -88,7 +89,14 @@ class Case:
         return self.shape[0] > CHECKED_TOKENS
 
 
-Compete = Callable[[Case, dict[str, Factory]], None]
+class Compete(Protocol):
+    """The fixture `contest`."""
+
+    def __call__(self, case: Case, factories: dict[str, Factory]) -> None:
+        """Checks, times and records each implementation, made by its factory."""
+
+    def leave_out(self, case: str, reason: str) -> None:
+        """Records that a case was not run, and why."""
 
 
 @dataclass(slots=True, kw_only=True)
