@@ -30,6 +30,11 @@ class Rows(NamedTuple):
     shape: torch.Size
     """Of the caller's token ids."""
 
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of each row of a padded batch; None for packed tokens."""
+        return self.shape[1] if len(self.shape) == 2 else None
+
 
 def known_width(logits: Tensor, vocab: VocabShard | None) -> int | None:
     """The size of the vocabulary, where this rank holds all of it."""

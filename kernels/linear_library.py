@@ -96,7 +96,7 @@ def linear_policy_loss(*arguments: Any) -> SevenTensors:
             spec,
             call.chunk_tokens,
             tuple(wanted),
-            token_ids.shape[1] if token_ids.dim() == 2 else None,
+            call.rows.row_tokens,
         )
     logprobs, entropy = like_tokens(logprobs_N, call.rows), like_tokens(entropy_N, call.rows)
     return loss, logprobs, entropy, metrics, *given_gradients(call.hidden, gradients)
