@@ -7,7 +7,7 @@ median over the rounds of a block, so its two sides were measured within a fract
 each other: on a shared machine whose speed drifts by a third within a minute, a rotation of all
 implementations compares what ran seconds apart. Before every turn malloc gives free memory back to
 the system, so that none starts with pages that another has left (plain PyTorch was 15 % faster
-after TRL than after itself). Nothing passes or fails on speed.
+behind TRL and torch.compile than behind itself). Nothing passes or fails on speed.
 """
 
 import ctypes
