@@ -119,8 +119,9 @@ def _verified(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     try:
         first, _, body = path.read_text(encoding="utf-8").partition("\n")
         header = json.loads(first)
-        return (header, json.loads(body)) if header["sha256"] == _sha256(body) else None
-    except (ValueError, KeyError, TypeError):
+        is_whole = header.keys() >= {"step", "weights"} and header["sha256"] == _sha256(body)
+        return (header, json.loads(body)) if is_whole else None
+    except (ValueError, KeyError, AttributeError):
         return None
 
 

@@ -17,7 +17,19 @@ from trainer.run_log import METRICS_FILE, read_metrics
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 # They may change from one start of a run to the next; all others make another run.
-FREE_FIELDS = {"run_dir", "cache_dir", "resume", "save_every", "keep_checkpoints", "grader_workers"}
+FREE_FIELDS = {
+    "run_dir",
+    "cache_dir",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "grader_workers",
+    # As the number of ranks may, which they have to fit.
+    "replicate",
+    "shard_head",
+    "activation_checkpointing",
+    "cpu_offload",
+}
 
 
 def claim_run_folder(config: TrainConfig) -> IO[str]:
