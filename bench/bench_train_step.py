@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, questions
+from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, TEMPLATE, questions
 
 from trainer.config import UsageError
 from trainer.model_loading import resolve_model
@@ -88,6 +88,8 @@ def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
         "dataset": data,
         "run-dir": folder / "run",
         "backend": backend,
+        "template": TEMPLATE,
+        "micro-batch-tokens": 512,
         "steps": STEPS,
         "num-prompts": NUM_PROMPTS,
         "group-size": GROUP_SIZE,
@@ -108,7 +110,7 @@ def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
     phases = {
         key.removeprefix("seconds/"): statistics.median(record[key] for record in records)
         for key in records[0]
-        if key.startswith("seconds/")
+        if key.startswith("seconds/") and key != "seconds/eval"
     }
     return StepResult(
         name=name,
@@ -175,7 +177,7 @@ def bench_train_step(
     from trainer.templates import template_by_name
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    template = template_by_name("r1-drgrpo").for_tokenizer(tokenizer)
+    template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
     prompt_tokens = len(template.prompt_ids(questions()[0], tokenizer))
     (tmp_path / "reference").mkdir()
     flops = measured_flops()

@@ -2,17 +2,17 @@
 
 import hashlib
 
-NAMES = ("Ann", "Bo", "Cai", "Dora", "Emil", "Fay", "Gus", "Hana")
+TEMPLATE = "chat"
 NUM_PROMPTS, GROUP_SIZE, MAX_NEW_TOKENS = 2, 8, 128
 
 
 def questions() -> list[str]:
-    """Word problems of one length, more or less, and all different."""
+    """Sums and products; SmolLM2 answers them in some 70 tokens of the 128 it may take."""
     return [
-        f"{name} has {3 + index} boxes with {2 * index + 4} pencils in each. {name} gives "
-        f"{index + 5} pencils to a friend and buys {index + 7} more. How many pencils does "
-        f"{name} have now?"
-        for index, name in enumerate(NAMES * 4)
+        f"What is {index + 12} + {2 * index + 9}?"
+        if index % 2
+        else f"How much is {index + 3} times {index + 5}?"
+        for index in range(32)
     ]
 
 

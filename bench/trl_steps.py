@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from datasets import Dataset
-from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, coin, questions
+from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, TEMPLATE, coin, questions
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -35,7 +35,7 @@ class StepClock(TrainerCallback):
 def main(model: str, steps: int, checkpointing: bool) -> None:
     """Trains and prints."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    template = template_by_name("r1-drgrpo").for_tokenizer(tokenizer)
+    template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
     prompts = [
         tokenizer.decode(template.prompt_ids(question, tokenizer)) for question in questions()
     ]
