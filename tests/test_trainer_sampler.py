@@ -145,6 +145,20 @@ def test_new_weights_change_what_is_sampled() -> None:
     assert one.token_ids.tolist() == [WORDS.index("so")] * 5
 
 
+def test_weights_that_are_at_hand_whole_are_there_once() -> None:
+    sampler, policy = make_sampler(), bigram_model(noise=0.1)
+    sampler.load_weights(policy.named_parameters, 1)
+    own = dict(sampler.model.named_parameters())
+    assert all(
+        own[name].data_ptr() == weight.data_ptr() for name, weight in policy.named_parameters()
+    )
+    # A part of a larger buffer would keep all of it alive.
+    whole = torch.zeros(2, *policy.lm_head.weight.shape)
+    sampler.load_weights(lambda: [("lm_head.weight", whole[0])], 2)
+    assert torch.equal(own["lm_head.weight"], whole[0])
+    assert own["lm_head.weight"].data_ptr() != whole.data_ptr()
+
+
 def test_sample_tokens_inverts_the_cumulative_distribution() -> None:
     probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     draws = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)

@@ -9,7 +9,6 @@ Shapes: P prompts, G completions per prompt, R rows (completions) of a batch, B 
 decoded, T positions, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -104,7 +103,7 @@ class TransformersSampler:
     """Samples from a replica of a transformers model; see `trainer.rollout.Sampler`.
 
     Args:
-        model: copied; the copy computes in `dtype`.
+        model: belongs to the sampler from here on, and computes in `dtype`.
         tokenizer: reads stop strings; its end token ends a completion.
         template: its stop strings and turn marks end a completion.
         dtype: of the replica's weights.
@@ -128,10 +127,7 @@ class TransformersSampler:
             raise UsageError(
                 f"--model: expected attention layers only, got {', '.join(sorted(layer_types))}"
             )
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        # The policy's own attention knows packed sequences only.
-        self.model.set_attn_implementation("sdpa")
-        self.model.to(dtype=dtype)
+        self.model = model.eval().requires_grad_(False).to(dtype=dtype)
         self.tokenizer = tokenizer
         self.rows_per_batch = rows_per_batch
         self.device = next(self.model.parameters()).device
@@ -147,9 +143,18 @@ class TransformersSampler:
         self.weights_step = 0
 
     def load_weights(self, weights: Weights, step: int) -> None:
-        """Takes the weights that the policy has after a step."""
+        """Takes the weights that the policy has after a step.
+
+        A weight that is at hand whole, in the right type and place, is used where it is, so one
+        rank in float32 has every weight once.
+        """
         for name, tensor in weights():
-            self.parameters[name].copy_(tensor)
+            own = self.parameters[name]
+            is_alike = (own.dtype, own.device) == (tensor.dtype, tensor.device)
+            if is_alike and tensor.untyped_storage().nbytes() == tensor.nbytes:
+                own.data = tensor
+            else:
+                own.copy_(tensor)
         self.weights_step = step
 
     def release_memory(self) -> None:
