@@ -11,10 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backends import available_backends, select_backend
 from kernels.spec import LossSpec
 
 GRPO_K3 = LossSpec(kl="k3", kl_weight=0.04)
 """GRPO with KL to the reference (Shao et al. 2024, 2402.03300, equations 3 and 4)."""
+
+
+def backends_on(device: str) -> list[str]:
+    """Names of the backends that compute on tensors of a device in this process."""
+
+    def computes(name: str) -> bool:
+        try:
+            select_backend(name, torch.device(device), torch.float32)
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    return [name for name in available_backends() if computes(name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 import kernels  # noqa: E402
 from trainer.rewards import CodeGrader, Limits  # noqa: E402
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

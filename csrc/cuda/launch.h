@@ -107,6 +107,10 @@ struct Launcher {
     const int allowed = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed), what);
+    // Otherwise the driver may leave shared memory for one block only, and the rest to the cache.
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               what);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(cluster.val.clusterDim.x);
     config.blockDim = dim3(kThreads);

@@ -157,7 +157,7 @@ __device__ inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
                : "memory");
 }
 
-// Returns once the phase of that parity is over; what arrived in it is then seen.
+// Returns once the phase of that parity is over; what bulk loads wrote in it is then seen.
 __device__ inline void barrier_wait(Barrier* barrier, int parity) {
   uint32_t done = 0;
   while (!done) {
@@ -165,6 +165,22 @@ __device__ inline void barrier_wait(Barrier* barrier, int parity) {
         "{\n"
         ".reg .pred over;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+
+// The same for what other blocks of the cluster sent.
+__device__ inline void barrier_wait_for_cluster(Barrier* barrier, int parity) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
         "selp.u32 %0, 1, 0, over;\n"
         "}"
         : "=r"(done)

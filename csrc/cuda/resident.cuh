@@ -243,7 +243,7 @@ class ResidentBlock {
 
   // The sums of the whole row.
   __device__ Sums receive(int turn) const {
-    barrier_wait(&scratch_->exchanged[turn % 2], turn / 2 % 2);
+    barrier_wait_for_cluster(&scratch_->exchanged[turn % 2], turn / 2 % 2);
     return join(scratch_->of_blocks[turn % 2], rows_.parts);
   }
 
@@ -287,7 +287,7 @@ class ResidentBlock {
 
 // A cluster of `rows.parts` blocks takes every (clusters)th row.
 template <DType kType, class Scaling, class Task>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Scaling::kBlocks)
     resident_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Task task,
                     int slot_bytes) {
 #if ONEPASS_HAS_CLUSTERS

@@ -118,6 +118,7 @@ constexpr bool kIsPrecise = kType == DType::kFloat32;
 // z = inv_temperature * x.
 struct Linear {
   static constexpr bool kKeepsMinusInfinity = true;
+  static constexpr int kBlocks = kBlocksPerMultiprocessor;
   float inv_temperature;
 
   __device__ Linear(float inv_temperature, float) : inv_temperature(inv_temperature) {}
@@ -133,6 +134,8 @@ struct Linear {
 // z = inv_temperature * softcap * tanh(x / softcap).
 struct Softcapped {
   static constexpr bool kKeepsMinusInfinity = false;
+  // tanh takes more registers than three blocks can have.
+  static constexpr int kBlocks = 2;
   float inv_temperature;
   float softcap;
 

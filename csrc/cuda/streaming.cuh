@@ -140,7 +140,7 @@ __device__ Sums sum_row(StreamingScratch& scratch, const Rows& rows, int n, bool
 }
 
 template <DType kType, class Scaling, class Task>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Scaling::kBlocks)
     streaming_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Task task,
                      bool aligned) {
   StreamingScratch& scratch = *reinterpret_cast<StreamingScratch*>(shared_memory());
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // A block writes the gradient of one part of a row.
 template <DType kType, class Scaling>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Scaling::kBlocks)
     gradient_kernel(const __grid_constant__ Rows rows, const __grid_constant__ GradInputs inputs,
                     const __grid_constant__ Destination out) {
   RowGrad& shared_grad = *reinterpret_cast<RowGrad*>(shared_memory());

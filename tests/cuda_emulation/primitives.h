@@ -127,6 +127,9 @@ inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
 inline void barrier_wait(Barrier* barrier, int parity) {
   emulation::barrier_wait(barrier, parity);
 }
+inline void barrier_wait_for_cluster(Barrier* barrier, int parity) {
+  emulation::barrier_wait(barrier, parity);
+}
 
 inline void send_to_block(Pack* shared, int rank, const Pack& pack, Barrier* barrier) {
   emulation::send_to_block(shared, rank, &pack, sizeof(pack), barrier);
