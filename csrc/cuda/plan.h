@@ -57,7 +57,7 @@ inline void cut_row(const LogitsView& logits, RowPlan& plan) {
   }
 }
 
-// Bytes by which the rows of a view are off a multiple of 16, where they all are by as many.
+// Whether every row is off a multiple of 16 bytes by as much in both.
 inline bool rows_share_alignment(const LogitsView& a, const LogitsView& b) {
   const int64_t size = a.element_size();
   const auto agree = [](int64_t x, int64_t y) { return (x - y) % kPackBytes == 0; };

@@ -15,8 +15,6 @@ struct alignas(16) Pack {
   uint32_t word[4];
 };
 
-// --- Threads ---
-
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / 32u); }
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x % 32u); }
@@ -42,8 +40,6 @@ __device__ inline Value from_lane_across(Value value, int mask) {
 __device__ inline void add_to_counter(unsigned long long* counter, unsigned long long value) {
   atomicAdd(counter, value);
 }
-
-// --- Numbers ---
 
 // 2^x to 2 ulp, results below the normal range 0.
 __device__ inline float exp2_approximately(float x) {
@@ -98,11 +94,10 @@ __device__ inline uint32_t to_f16x2(float low, float high) {
   return word;
 }
 
-// --- Clusters and bulk copies, from compute capability 9.0 on ---
-
 // A barrier in shared memory that bulk loads and sends complete. Its phases have parity 0, 1, 0...
 using Barrier = uint64_t;
 
+// Clusters and bulk copies exist from compute capability 9.0 on.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define ONEPASS_HAS_CLUSTERS 1
 #else

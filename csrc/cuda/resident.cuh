@@ -2,9 +2,9 @@
 // between its statistics and its gradient.
 //
 // A block owns one slot, large enough for its part, in chunks of 16 KiB with a barrier each. Sums
-// are taken of a chunk as soon as it has arrived; the blocks exchange 8 small entries each; every
-// block joins all entries in the same order and computes the token loss itself, which costs less
-// than sending it round. The gradient of a chunk is computed in place and stored in bulk, and as
+// are taken of a chunk as soon as it has arrived; each block sends its own, 16 bytes, to the others;
+// every block joins them in the same order and computes the token loss itself, which costs less than
+// sending it round. The gradient of a chunk is computed in place and stored in bulk, and as
 // soon as the store has read it the same chunk of the next row is loaded into its place: reads and
 // writes of memory overlap inside a block, and the more so between the (up to three) blocks of a
 // multiprocessor.

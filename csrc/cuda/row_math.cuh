@@ -27,8 +27,6 @@ __device__ inline float at_least_lowest(float exponent) {
   return larger_or_nan(exponent, kLowestExponent);
 }
 
-// --- Element types ---
-
 template <DType kType>
 struct Elements;
 
@@ -99,8 +97,6 @@ __device__ typename Elements<kType>::Bits column_bits(const Pack& pack, int colu
   return static_cast<typename Elements<kType>::Bits>(word >> column % kPerWord * 16);
 }
 
-// --- Scalings: z of a logit x ---
-
 // exp(d) of d <= 0 or NaN. A sum over columns of 16 bits is well served by the hardware's power of
 // two; where kPrecise it is corrected for the rounding of its argument.
 template <bool kPrecise>
@@ -151,8 +147,6 @@ struct Softcapped {
     return 4.0f * e / ((1.0f + e) * (1.0f + e));
   }
 };
-
-// --- Statistics ---
 
 // The columns of a row that a block sums at a time, the target left out.
 struct Part {
@@ -279,8 +273,6 @@ __device__ void add_tile(Sums& sums, const Part& part, int tile, const Scaling& 
     }
   }
 }
-
-// --- Gradient ---
 
 // out_j = (scale + entropy_scale (d_j + offset)) exp(d_j) dcap_j/dx_j with d_j = z_j - max; `target`
 // in the target's column.
