@@ -1,4 +1,5 @@
-"""Where no GPU is present, Triton runs in its interpreter; it has to be told before its import."""
+"""Where no GPU is present, Triton runs in its interpreter, which it has to be told before its
+import, and the CUDA kernels run on CPU tensors, in an emulation."""
 
 import importlib.util
 import os
@@ -6,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_emulation.emulator import Emulator, build_backend, compiler  # noqa: E402
+
 import kernels  # noqa: E402
+from kernels import backends, checks, cuda_backend, library  # noqa: E402
 from trainer.rewards import CodeGrader, Limits  # noqa: E402
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
@@ -28,9 +33,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(scope="session")
+def built_emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The CUDA kernels compiled for the CPU."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    return build_backend(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulator(built_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """Lets the backend `cuda` take CPU tensors, on the emulation's first device."""
+    built_emulator.seed(0)
+    built_emulator.device = 0
+
+    def select(name: str, device: torch.device, dtype: torch.dtype) -> str:
+        return name if name == "cuda" else backends.select_backend(name, device, dtype)
+
+    def stream(cuda: Any, device: torch.device) -> Any:
+        return cuda.Stream(built_emulator.device, 0)
+
+    for module in (library, checks):
+        monkeypatch.setattr(module, "select_backend", select)
+    monkeypatch.setattr(cuda_backend, "_CUDA", built_emulator.module)
+    monkeypatch.setattr(cuda_backend, "_stream", stream)
+    return built_emulator
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; one that cannot run here skips with its reason."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        request.getfixturevalue("emulator")
+        return "cuda"
     reason = kernels.available_backends()[request.param]
     if reason != "available":
         pytest.skip(f"{request.param}: {reason}")

@@ -34,17 +34,19 @@ FLAGS = [
 ]
 
 
-# Compute capabilities of the devices: 2 multiprocessors, 7, 2 and 3.
+# Compute capabilities of the devices, whose multiprocessors number 4, 7, 2 and 5.
 DEVICES = {0: "9.0", 1: "9.0", 2: "8.0", 3: "10.0"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Emulator:
     """Compiled kernels and what decides how they run."""
 
     library: ctypes.CDLL
     module: ModuleType | None = None
     """`kernels._cuda`, whose addresses are those of CPU tensors."""
+    device: int = 0
+    """Of DEVICES."""
 
     def seed(self, seed: int) -> None:
         """Decides the order of threads and bulk copies; 0 is the order a reader expects."""

@@ -33,6 +33,7 @@ inline __half __float2half_rn(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (x != x) return {0x7fff};
   const float size = std::fabs(x);
+  if (size == 0.0f) return {sign};
   if (size >= 65520.0f) return {static_cast<uint16_t>(sign | kInfinity)};
   int exponent = 0;
   std::frexp(size, &exponent);

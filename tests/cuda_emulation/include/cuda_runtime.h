@@ -62,10 +62,10 @@ struct Device {
 };
 
 constexpr Device kDevices[] = {
-    {9, 2, 227 << 10, 228 << 10},
+    {9, 4, 227 << 10, 228 << 10},
     {9, 7, 227 << 10, 228 << 10},
     {8, 2, 163 << 10, 164 << 10},
-    {10, 3, 227 << 10, 228 << 10},
+    {10, 5, 227 << 10, 228 << 10},
 };
 constexpr int kNumDevices = sizeof(kDevices) / sizeof(Device);
 
