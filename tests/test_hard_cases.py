@@ -208,6 +208,8 @@ def test_06_more_than_2_to_the_31_logits(backend: str, device: str) -> None:
 def test_07_more_than_65535_tokens(backend: str, device: str) -> None:
     if backend == "triton" and device == "cpu":
         pytest.skip("minutes in the interpreter; test_triton_compile.py looks at the launch grid")
+    if backend == "cuda" and device == "cpu":
+        pytest.skip("minutes in the emulation, which gives each block a thread")
     logits = random_logits(70001, 3, torch.float32, device)
     ids = torch.arange(70001, device=device) % 3
     assert_as_exact_as_pytorch(logits, ids, backend)

@@ -119,10 +119,8 @@ struct Linear {
 
   __device__ Linear(float inv_temperature, float) : inv_temperature(inv_temperature) {}
   __device__ float z(float x) const { return multiply(inv_temperature, x); }
-  // z - origin, rounded once.
-  __device__ float exponent(float x, float origin) const {
-    return multiply_add(inv_temperature, x, -origin);
-  }
+  // z is rounded first: the largest one, minus itself, is exactly 0 at any temperature.
+  __device__ float exponent(float x, float origin) const { return z(x) - origin; }
   // dz/dx without the temperature.
   __device__ float slope(float) const { return 1.0f; }
 };
