@@ -351,6 +351,9 @@ class TrainConfig:
     for bfloat16 is a hundred times slower with it."""
     backend: str = "auto"
     """Backend of kernels.policy_loss: auto, reference, cpp, triton or cuda."""
+    parity_every: int = 20
+    """Steps between checks of a micro-batch's loss and gradient against float64, from the first on;
+    an error beyond rounding stops the run. 0: none."""
     cpu_threads: int | None = None
     """Threads of each process on the CPU; None leaves it to torch."""
     cache_dir: Path = Path("~/.cache/onepass-rl")
@@ -366,6 +369,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_at_least("--seed", self.seed, 0)
+        check_at_least("--parity-every", self.parity_every, 0)
         check_at_least("--cpu-threads", self.cpu_threads, 1)
         longest = self.rollout.max_new_tokens
         if self.reward.overlong_tokens(longest) > longest:

@@ -10,6 +10,7 @@ Shapes: N packed completion tokens, D model width, V vocabulary (W this rank's r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from trainer.packing import (
     pack_tokens,
     plan_micro_batches,
 )
+from trainer.parity import HeadCheck
 from trainer.policy import Policy
-from trainer.seeds import derive_shuffle
+from trainer.seeds import derive_key, derive_shuffle
 
 BETAS = (0.9, 0.95)
 # Metrics of kernels.policy_loss that are means over tokens, under the names they are logged by.
@@ -81,8 +83,8 @@ class PolicyUpdate:
         """Makes the step's updates; returns its metrics, means over tokens or over updates.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the weights are those before that
-                update.
+            NonFiniteError, ParityError: a loss or gradient is not finite, or is not what float64
+                says it is; the weights are those before that update.
 
         Collectives: those of the sharded forward and backward, and a few small ones per update.
         """
@@ -112,8 +114,13 @@ class PolicyUpdate:
         # At least one, for a minibatch whose samples are all masked.
         tokens = max(1, sum(len(samples[i].token_ids) for i in chosen if not samples[i].masked))
         sums = torch.zeros(1 + len(TOKEN_MEANS), dtype=torch.float64, device=self.world.device)
+        check = self._head_check(step, number)
+        parity: dict[str, float] = {}
         for batch in self._plan(samples, chosen):
-            result = self._backward(samples, batch, old, ref, tokens, len(chosen))
+            result = self._backward(samples, batch, old, ref, tokens, len(chosen), check)
+            if check is not None:
+                parity = check.compare(step)
+                check = None
             means = torch.stack([result.metrics[name] for name in TOKEN_MEANS])
             # With a sharded head every rank measures the same tokens.
             if self.policy.vocab is None or self.world.is_main:
@@ -135,7 +142,9 @@ class PolicyUpdate:
         metrics = {
             name: total / tokens for name, total in zip(TOKEN_MEANS.values(), totals, strict=True)
         }
-        return metrics | {
+        return {
+            **metrics,
+            **parity,
             "loss": loss,
             "grad_norm": norm.item(),
             "learning_rate": learning_rate,
@@ -149,17 +158,20 @@ class PolicyUpdate:
         ref: list[np.ndarray] | None,
         tokens: int,
         sequences: int,
+        check: HeadCheck | None = None,
     ) -> kernels.PolicyLoss:
+        policy_loss = check or partial(
+            kernels.linear_policy_loss, spec=self.spec, vocab=self.policy.vocab
+        )
         targets = pack_targets(_samples(samples, batch.head), self.world.device)
         denominators = {"token_mean": tokens, "sum": None}
 
         def head(hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None) -> kernels.PolicyLoss:
-            return kernels.linear_policy_loss(
+            return policy_loss(
                 hidden_ND,
                 weight_WD,
                 targets.target_ids_N,
                 self._packed(old, batch.head),
-                spec=self.spec,
                 bias=bias_W,
                 advantages=targets.advantages_S,
                 cu_seqlens=targets.cu_seqlens,
@@ -168,7 +180,6 @@ class PolicyUpdate:
                 temperature=self.config.rollout.temperature,
                 softcap=self.policy.softcap,
                 denominator=denominators.get(self.spec.aggregation, sequences),
-                vocab=self.policy.vocab,
                 backend=self.config.backend,
             )
 
@@ -176,6 +187,14 @@ class PolicyUpdate:
         result = self.policy(packed, head, batch.rows_of_ranks)
         result.loss.backward()
         return result
+
+    def _head_check(self, step: int, number: int) -> HeadCheck | None:
+        """What checks the first micro-batch of an update against float64, in the steps that do."""
+        every = self.config.parity_every
+        if every == 0 or (step - 1) % every:
+            return None
+        seed = derive_key(self.config.seed, "parity", step, number)
+        return HeadCheck(self.spec, self.policy.vocab, self.world, seed)
 
     @torch.no_grad()
     def _logprobs(self, model: Policy, samples: Sequence[UpdateSample]) -> list[np.ndarray]:
