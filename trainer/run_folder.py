@@ -24,6 +24,8 @@ FREE_FIELDS = {
     "save_every",
     "keep_checkpoints",
     "grader_workers",
+    "parity_every",
+    "memory_check",
     # As the number of ranks may, which they have to fit.
     "replicate",
     "shard_head",
