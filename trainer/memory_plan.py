@@ -1,0 +1,395 @@
+"""Bytes that a rank will need, from the model's config and the run's alone: no weights, no device.
+
+The model is made on the meta device; its parameters are counted, and what autograd keeps of a
+forward pass is counted by running one there. Lengths are taken at their limits, so a plan is what a
+run may need, not what it needs on average.
+
+A plan has parts; each is there in some phases, and the largest sum over a phase is the peak:
+`load` (weights are read, whole, on every rank), `rollout` (and evaluation), `forward` (until the
+head has its gradient, activations of a micro-batch being kept) and `backward` (its end, where the
+gradients of the embedding are whole).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kernels.linear_head import CHUNK_BYTES
+from trainer.config import TrainConfig
+from trainer.exact_head import BLOCK_ROWS
+from trainer.parity import WINDOW_TOKENS
+
+PHASES = ("load", "rollout", "forward", "backward")
+RESIDENT = ("rollout", "forward", "backward")
+UPDATE = ("forward", "backward")
+FLOAT32 = 4
+# Of the key-value cache of vLLM on a CPU, which has no share of a GPU to live in.
+VLLM_CPU_CACHE_BYTES = 2 << 30
+# Float64 matrices [drawn tokens, vocabulary] that the parity gate has at a time.
+PARITY_MATRICES = 8
+# Copies of a chunk of logits that a backend makes: the reference works with whole tensors.
+CHUNK_COPIES = {"reference": 6}
+ATTENTION = "onepass_planned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """Memory for one purpose, on one rank."""
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...]
+    knob: str
+    """What makes it smaller."""
+    on_host: bool
+    """In the memory of the CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The parts of one rank's memory."""
+
+    device: str
+    ranks: int
+    parts: tuple[MemoryPart, ...]
+
+    def in_phase(self, phase: str, *, on_host: bool) -> int:
+        """Bytes of a phase, in host or device memory."""
+        return sum(part.bytes for part in self.parts_of(phase, on_host=on_host))
+
+    def parts_of(self, phase: str, *, on_host: bool) -> list[MemoryPart]:
+        """The parts of a phase, largest first."""
+        chosen = [part for part in self.parts if phase in part.phases and part.on_host == on_host]
+        return sorted(chosen, key=lambda part: -part.bytes)
+
+    def peak(self, *, on_host: bool) -> tuple[str, int]:
+        """The phase that needs most, and its bytes."""
+        sizes = {phase: self.in_phase(phase, on_host=on_host) for phase in PHASES}
+        worst = max(sizes, key=lambda phase: sizes[phase])
+        return worst, sizes[worst]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def plan_memory(
+    model_config: PretrainedConfig,
+    config: TrainConfig,
+    *,
+    ranks: int,
+    device: str,
+    device_bytes: int | None = None,
+    prompt_tokens: int | None = None,
+) -> MemoryPlan:
+    """The memory of each rank of a run.
+
+    Args:
+        model_config: of a model for causal language modelling, as transformers reads it.
+        config: of the run.
+        ranks: of the run.
+        device: "cpu" or "cuda".
+        device_bytes: memory of a GPU, which `--vllm-gpu-memory` is a share of.
+        prompt_tokens: the longest prompt; None takes `--max-prompt-tokens`.
+    """
+    if prompt_tokens is None:
+        prompt_tokens = config.rollout.max_prompt_tokens
+    sizes = _ModelSizes(model_config, config, device)
+    longest = prompt_tokens + config.rollout.max_new_tokens
+    return MemoryPlan(
+        device=device,
+        ranks=ranks,
+        parts=(
+            *_weight_parts(sizes, config, ranks, device),
+            *_sampler_parts(sizes, config, ranks, device, longest, device_bytes),
+            *_update_parts(sizes, config, ranks, device, longest),
+        ),
+    )
+
+
+class _ModelSizes:
+    """Counts of a model without weights."""
+
+    def __init__(self, model_config: PretrainedConfig, config: TrainConfig, device: str) -> None:
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config), dtype=self.dtype, attn_implementation=ATTENTION
+            )
+        text = model_config.get_text_config()
+        head = self.model.get_output_embeddings().weight
+        self.vocabulary, self.width = head.shape
+        self.is_tied = head is self.model.get_input_embeddings().weight
+        self.layers = list(self.model.get_decoder().layers)
+        self.numel = _numel(self.model)
+        self.layer_numel = max(map(_numel, self.layers))
+        self.root_numel = self.numel - sum(map(_numel, self.layers))
+        heads = text.num_attention_heads
+        self.grouping = heads // (getattr(text, "num_key_value_heads", None) or heads)
+        head_dim = getattr(text, "head_dim", None) or self.width // heads
+        self.cache_width = 2 * head_dim * heads // self.grouping
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _weight_parts(
+    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str
+) -> Iterator[MemoryPart]:
+    shards = ranks // config.sharding.replicate
+    own = -(-sizes.numel // shards) * FLOAT32
+    on_cpu = device == "cpu"
+    on_host = on_cpu or config.sharding.cpu_offload
+    more_ranks = "more ranks" if on_cpu else "--cpu-offload True or more ranks"
+    has_reference = bool(config.loss_spec.kl_weight)
+    whole = sizes.numel * FLOAT32 * (2 if has_reference and shards > 1 else 1)
+    smaller = "a smaller --model"
+    yield MemoryPart(
+        name="whole weights while loading",
+        bytes=whole,
+        phases=("load",),
+        knob=smaller,
+        on_host=on_cpu,
+    )
+    for name, copies, phases, knob in (
+        ("weights", 1, RESIDENT, more_ranks),
+        ("optimizer", 2, RESIDENT, more_ranks),
+        ("gradients", 1, UPDATE, more_ranks),
+        ("reference", int(has_reference), RESIDENT, "--kl-weight 0 or more ranks"),
+    ):
+        yield MemoryPart(name=name, bytes=own * copies, phases=phases, knob=knob, on_host=on_host)
+    if not is_sharded(config, ranks):
+        return
+    # FSDP gathers the next layer while one is computed, and keeps the root gathered throughout.
+    gathered = (sizes.root_numel + 2 * sizes.layer_numel) * sizes.itemsize
+    yield MemoryPart(
+        name="gathered weights",
+        bytes=gathered,
+        phases=UPDATE,
+        knob="--shard-head True" if not sizes.is_tied else smaller,
+        on_host=on_cpu,
+    )
+
+
+def is_sharded(config: TrainConfig, ranks: int) -> bool:
+    """Whether FSDP has the weights; one rank in float32 goes without."""
+    return ranks > 1 or config.dtype != "float32" or config.sharding.cpu_offload
+
+
+def _sampler_parts(
+    sizes: _ModelSizes,
+    config: TrainConfig,
+    ranks: int,
+    device: str,
+    longest: int,
+    device_bytes: int | None,
+) -> Iterator[MemoryPart]:
+    options, evaluation, on_cpu = config.rollout, config.evaluation, device == "cpu"
+    if options.rollout == "vllm":
+        yield from _vllm_parts(sizes, config, device, device_bytes)
+        return
+    completions = max(
+        -(-options.num_prompts // ranks) * options.group_size,
+        -(-config.data.eval_problems // ranks) * evaluation.eval_samples,
+    )
+    rows = min(max(options.rows_per_batch, options.group_size), completions)
+    layer_cache = rows * sizes.cache_width * sizes.itemsize
+    cache = layer_cache * _cache_room(longest - options.max_new_tokens, longest) * len(sizes.layers)
+    # While a layer's room grows, both are there; the attention of transformers repeats the keys
+    # and values of one layer for grouped heads.
+    cache += layer_cache * longest * (1 + (sizes.grouping if sizes.grouping > 1 else 0))
+    # Of the logits: log-probabilities in float32, then probabilities and their sums in float64.
+    logits = rows * sizes.vocabulary * (sizes.itemsize + 4 + 8 + 8)
+    for name, size, phases, knob in (
+        (
+            "sampler's weights",
+            sizes.numel * sizes.itemsize,
+            PHASES,
+            "--rollout vllm" if not on_cpu else "a smaller --model",
+        ),
+        ("key-value cache", cache, ("rollout",), "a smaller --rows-per-batch"),
+        ("sampler's logits", logits, ("rollout",), "a smaller --rows-per-batch"),
+    ):
+        yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=on_cpu)
+
+
+def _cache_room(prompt_tokens: int, longest: int) -> int:
+    """Positions that a layer of the sampler's cache has room for at the end; see
+    `transformers_sampler.GrowingLayer`."""
+    room = 0
+    positions = prompt_tokens
+    while positions <= longest:
+        room = positions + max(16, positions // 2)
+        positions = room + 1
+    return room
+
+
+def _vllm_parts(
+    sizes: _ModelSizes, config: TrainConfig, device: str, device_bytes: int | None
+) -> Iterator[MemoryPart]:
+    weights = sizes.numel * sizes.itemsize // config.rollout.vllm_tensor_parallel
+    if device == "cpu":
+        smaller = "a smaller --model"
+        for name, size, knob in (
+            ("vLLM's weights", weights, smaller),
+            ("vLLM's cache", VLLM_CPU_CACHE_BYTES, "VLLM_CPU_KVCACHE_SPACE (GiB)"),
+        ):
+            yield MemoryPart(name=name, bytes=size, phases=PHASES, knob=knob, on_host=True)
+        return
+    share = int((device_bytes or 0) * config.rollout.vllm_gpu_memory)
+    # It sleeps during the update, but its first start measures the GPU after the weights are there.
+    yield MemoryPart(
+        name="vLLM's share",
+        bytes=max(share, weights),
+        phases=("load", "rollout"),
+        knob="a smaller --vllm-gpu-memory",
+        on_host=False,
+    )
+
+
+def _update_parts(
+    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, longest: int
+) -> Iterator[MemoryPart]:
+    options, rollout = config.optimizer, config.rollout
+    on_cpu = device == "cpu"
+    completions = rollout.num_prompts * rollout.group_size
+    of_rank = -(-completions // (ranks * options.minibatches)) * longest
+    tokens = max(min(options.micro_batch_tokens, of_rank), longest)
+    checkpointing = config.sharding.activation_checkpointing
+    kept = activation_bytes(sizes, tokens, checkpointing=checkpointing)
+    smaller = "a smaller --micro-batch-tokens"
+    embedding = sizes.vocabulary * sizes.width
+    itemsize = max(sizes.itemsize, FLOAT32) if not is_sharded(config, ranks) else sizes.itemsize
+    # Gradients of the embedding and of the head, whole, and FSDP's float32 copy to reduce.
+    whole = embedding * itemsize * 2
+    if is_sharded(config, ranks):
+        whole += sizes.root_numel * FLOAT32
+    buffers = completions * rollout.max_new_tokens * (8 + 3 * FLOAT32)
+    for name, size, phases, knob in (
+        (
+            "activations",
+            kept,
+            ("forward",),
+            smaller if checkpointing else f"--activation-checkpointing True or {smaller}",
+        ),
+        ("head", _head_bytes(sizes, config, ranks, device, tokens), ("forward",), smaller),
+        ("whole gradients", whole, ("backward",), "a smaller --model"),
+        ("rollout buffers", buffers, UPDATE, "a smaller --num-prompts"),
+    ):
+        yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=on_cpu)
+
+
+def _head_bytes(
+    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, tokens: int
+) -> int:
+    """Of the LM head at its fullest: the gradient by its weight, and a chunk of logits or what the
+    parity gate needs after it."""
+    sharded = config.sharding.shard_head
+    rows = -(-sizes.vocabulary // ranks) if sharded else sizes.vocabulary
+    tokens = tokens * ranks if sharded else tokens
+    logits = min(CHUNK_BYTES[device], tokens * rows * FLOAT32)
+    if config.loss_spec.couples_tokens:
+        longest = config.rollout.max_new_tokens * rows * FLOAT32
+        logits = max(logits, min(longest, tokens * rows * FLOAT32))
+    logits *= CHUNK_COPIES.get(config.backend, 1)
+    if device != "cpu":
+        # Converted for the products.
+        logits += logits * sizes.itemsize // FLOAT32
+    weight_gradient = rows * sizes.width * FLOAT32
+    if sizes.itemsize < FLOAT32:
+        weight_gradient += rows * sizes.width * sizes.itemsize
+    gate = 0
+    if config.parity_every:
+        gate = PARITY_MATRICES * min(WINDOW_TOKENS, tokens) * rows * 8
+        gate += min(BLOCK_ROWS, rows) * sizes.width * 8
+    states = 2 * tokens * sizes.width * sizes.itemsize
+    return max(logits, gate) + weight_gradient + states
+
+
+class _SavedByAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+
+def _planned_attention(
+    module: nn.Module,
+    query_1HTC: Tensor,
+    key_1KTC: Tensor,
+    value_1KTC: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    # As in `attention.py`, which repeats the heads of keys and values.
+    repeats = query_1HTC.shape[1] // key_1KTC.shape[1]
+    if repeats > 1:
+        key_1KTC = key_1KTC.repeat_interleave(repeats, dim=1)
+        value_1KTC = value_1KTC.repeat_interleave(repeats, dim=1)
+    output_1HTC = _SavedByAttention.apply(query_1HTC, key_1KTC, value_1KTC)
+    return output_1HTC.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _planned_attention)
+
+
+def activation_bytes(sizes: _ModelSizes, tokens: int, *, checkpointing: bool) -> int:
+    """Bytes that autograd keeps of a forward pass over packed tokens, the head's left out.
+
+    With checkpointing the inputs of all layers, and the inside of one.
+    """
+    kept: dict[int, Tensor] = {}
+    weights = {weight.untyped_storage()._cdata for weight in sizes.model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    ends: list[int] = []
+    ids_1T = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    positions_1T = torch.zeros_like(ids_1T)
+    with (
+        _calls_around(sizes.layers, lambda: ends.append(_total(kept))),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        sizes.model.get_decoder()(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+    total = _total(kept)
+    if not checkpointing:
+        return total
+    inside = [end - start for start, end in zip(ends[::2], ends[1::2], strict=True)]
+    inputs = len(sizes.layers) * tokens * sizes.width * sizes.itemsize
+    return total - sum(inside) + inputs + max(inside)
+
+
+def _total(kept: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@contextmanager
+def _calls_around(modules: list[nn.Module], call: Any) -> Iterator[None]:
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(lambda *_: call()))
+        handles.append(module.register_forward_hook(lambda *_: call()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
