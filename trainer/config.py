@@ -354,6 +354,8 @@ class TrainConfig:
     parity_every: int = 20
     """Steps between checks of a micro-batch's loss and gradient against float64, from the first on;
     an error beyond rounding stops the run. 0: none."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """What follows when the memory planned for the run is not there; off plans nothing."""
     cpu_threads: int | None = None
     """Threads of each process on the CPU; None leaves it to torch."""
     cache_dir: Path = Path("~/.cache/onepass-rl")

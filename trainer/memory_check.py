@@ -32,7 +32,16 @@ PHASE_NAMES = {
     "forward": "the update",
     "backward": "the update's end",
 }
-CGROUP = Path("/sys/fs/cgroup")
+# Control groups of the second and of the first kind.
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
 
 
 class OutOfMemoryError(UsageError):
@@ -126,28 +135,32 @@ def check_memory(
     log.message(plan_table(plan))
     if world.is_main:
         _write_plan(folder, plan)
-    # Ranks of this machine share its memory.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for on_host, ranks, room in ((False, 1, free), (True, here, host_bytes_free())):
-        problem = None if room is None else _what_cannot_fit(plan, on_host, ranks, room)
-        if problem is None:
-            continue
-        if config.memory_check == "refuse":
-            raise UsageError(f"{problem} (--memory-check warn tries all the same)")
-        log.message(f"warning: {problem}")
+    problems = gather_in_order(world, _problems(plan, free))
+    if problems and config.memory_check == "refuse":
+        raise UsageError(f"{problems[0]} (--memory-check warn tries all the same)")
+    if problems:
+        log.message(f"warning: {problems[0]}")
     return RunMemory(plan=plan, world=world, folder=folder, start_bytes=start_bytes)
 
 
-def _what_cannot_fit(plan: MemoryPlan, on_host: bool, ranks: int, room: int) -> str | None:
+def _problems(plan: MemoryPlan, device_free: int | None) -> list[str]:
+    # Ranks of this machine share its memory.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    compared = ((False, 1, device_free), (True, here, host_bytes_free()))
+    found = [_what_cannot_fit(plan, *each) for each in compared]
+    return [problem for problem in found if problem is not None]
+
+
+def _what_cannot_fit(plan: MemoryPlan, on_host: bool, ranks: int, room: int | None) -> str | None:
     phase, needed = plan.peak(on_host=on_host)
-    if needed * ranks <= room:
+    if room is None or needed * ranks <= room:
         return None
     largest = plan.parts_of(phase, on_host=on_host)[0]
     each = f"{gib(needed)} on each of {ranks} ranks" if ranks > 1 else gib(needed)
     return (
-        f"memory: expected at most {gib(room)}, which are free {'here' if on_host else 'there'}, "
-        f"got a plan of {each}, in {PHASE_NAMES[phase]}; its largest part is {largest.name}, "
-        f"{gib(largest.bytes)}: give {largest.knob}"
+        f"memory: expected at most the {gib(room)} that are free, got a plan of {each} in "
+        f"{PHASE_NAMES[phase]}, the largest part {gib(largest.bytes)} for {largest.name}; give "
+        f"{largest.knob}"
     )
 
 
@@ -202,14 +215,15 @@ def host_bytes_free() -> int | None:
     if not meminfo.exists():
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    limits = [] if found is None else [int(found[1]) * 1024]
-    most = CGROUP / "memory.max"
-    if most.exists() and (limit := most.read_text().strip()) != "max":
-        used = int((CGROUP / "memory.current").read_text())
+    free = [] if found is None else [int(found[1]) * 1024]
+    for folder, limit, usage, inactive in CGROUPS:
+        if not (folder / limit).exists() or (text := (folder / limit).read_text().strip()) == "max":
+            continue
         # Files that were read are dropped when their memory is needed.
-        files = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.M)
-        limits.append(int(limit) - used + (int(files[1]) if files else 0))
-    return min(limits, default=None)
+        files = re.search(rf"^{inactive} (\d+)", (folder / "memory.stat").read_text(), re.M)
+        used = int((folder / usage).read_text()) - (int(files[1]) if files else 0)
+        free.append(int(text) - used)
+    return min(free, default=None)
 
 
 def _status(name: str) -> int:

@@ -17,6 +17,7 @@ from trainer.checkpoints import (
 )
 from trainer.config import TrainConfig, UsageError
 from trainer.fsdp import World, from_main_rank, full_tensors, weights_checksum
+from trainer.memory_check import RunMemory, check_memory
 from trainer.model_loading import (
     load_model,
     load_tokenizer,
@@ -59,6 +60,7 @@ class Run:
     store: CheckpointStore
     buffer: RolloutBuffer
     log: RunLog
+    memory: RunMemory
     stop: StopSignal
     completed: int
     """Steps made so far, those of earlier starts included."""
@@ -130,6 +132,14 @@ def start_run(
     model, stored = open_model(start, report=log.message)
     _check_vocabulary(tokenizer, model)
     template = _for_tokenizer(template, tokenizer)
+    prompts = [template.prompt_ids(problem.question, tokenizer) for problem in held_out]
+    memory = check_memory(
+        model.config,
+        config,
+        world,
+        log,
+        prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
+    )
     listed = source.problems if isinstance(source, ListedProblems) else []
     scorer = Scorer(
         config.reward,
@@ -163,6 +173,7 @@ def start_run(
         store=store,
         buffer=RolloutBuffer(config.run_folder, world, warn=log.message),
         log=log,
+        memory=memory,
         stop=StopSignal(),
         completed=completed,
         drawn=0,

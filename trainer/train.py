@@ -32,6 +32,7 @@ from trainer.fsdp import (
     start_world,
     stop_world,
 )
+from trainer.memory_check import OutOfMemoryError, RunMemory
 from trainer.packing import UpdateSample
 from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
@@ -56,14 +57,16 @@ def train(run: Run) -> None:
 
     Raises:
         InterruptedRunError: after a Ctrl-C, once the run is saved.
-        NonFiniteError: before a value that is not finite reaches the weights.
+        NonFiniteError, ParityError: before a value that is not finite, or that float64 does not
+            confirm, reaches the weights.
+        OutOfMemoryError: an allocation failed.
     """
     config = run.config
     policy_update = PolicyUpdate(run.policy, run.reference, run.optimizer, config, run.world)
     if run.completed == 0:
         evaluate_and_log(run, 0, {}, [])
     for step in range(run.completed + 1, config.optimizer.steps + 1):
-        clock = PhaseClock(run.log)
+        clock = PhaseClock(run.log, run.memory)
         scored_PG = scored_step(run, step, clock)
         stop_if_asked(run)
         run.sampler.release_memory()
@@ -85,16 +88,17 @@ def train(run: Run) -> None:
 class PhaseClock:
     """Seconds spent in each phase of a step, as metrics."""
 
-    def __init__(self, log: RunLog) -> None:
-        self.log = log
+    def __init__(self, log: RunLog, memory: RunMemory) -> None:
+        self.log, self.memory = log, memory
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times its block under the name."""
+        """Times its block under the name; an allocation that fails there is one of the phase."""
         self.log.phase(name)
         started = time.perf_counter()
-        yield
+        with self.memory.phase(name):
+            yield
         self.seconds[f"seconds/{name}"] = time.perf_counter() - started
 
     def metrics(self, tokens: int) -> dict[str, float | None]:
@@ -179,9 +183,10 @@ def evaluate_and_log(
     held_out: list[Sample] = []
     if run.is_due(step, run.config.evaluation.eval_every):
         run.log.phase("eval")
-        eval_metrics, scored = evaluate(
-            run.sampler, run.prompter, run.held_out, run.config, run.world, step
-        )
+        with run.memory.phase("eval"):
+            eval_metrics, scored = evaluate(
+                run.sampler, run.prompter, run.held_out, run.config, run.world, step
+            )
         metrics = metrics | eval_metrics
         held_out = [run.prompter.record(one) for one in scored]
     trained_on = [run.prompter.record(one) for group in scored_PG for one in group]
@@ -245,6 +250,7 @@ def run_to_the_end(config: TrainConfig) -> None:
             stack.enter_context(closing(run.sampler))
             with run.stop, run.log, run.prompter.scorer:
                 train(run)
+                run.memory.log_peak(run.log)
             checkpoint = store.path(run.completed)
         summary = from_main_rank(world, lambda: finish_run_folder(folder, checkpoint))
         if world.is_main:
@@ -270,7 +276,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_to_the_end(parse_command_line(arguments))
     except UsageError as error:
-        if is_main:
+        # Memory runs out on one rank, which alone can say so.
+        if is_main or isinstance(error, OutOfMemoryError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except MainRankFailedError:
