@@ -264,10 +264,22 @@ def _update_parts(
     options, rollout = config.optimizer, config.rollout
     on_cpu = device == "cpu"
     completions = rollout.num_prompts * rollout.group_size
-    of_rank = -(-completions // (ranks * options.minibatches)) * longest
+    # A group has its prompt once in the packed tokens, and once a completion in attention.
+    of_prompt = longest - rollout.max_new_tokens + rollout.group_size * rollout.max_new_tokens
+    in_attention = rollout.group_size * longest
+    of_rank = -(-rollout.num_prompts // ranks) * of_prompt
+    if options.minibatches > 1:
+        # They take completions from their groups.
+        of_rank = -(-completions // (ranks * options.minibatches)) * longest
     tokens = max(min(options.micro_batch_tokens, of_rank), longest)
     checkpointing = config.sharding.activation_checkpointing
-    kept = activation_bytes(sizes, tokens, checkpointing=checkpointing)
+    kept = activation_bytes(
+        sizes,
+        tokens,
+        tokens * in_attention // of_prompt,
+        checkpointing=checkpointing,
+        device=device,
+    )
     smaller = "a smaller --micro-batch-tokens"
     embedding = sizes.vocabulary * sizes.width
     itemsize = max(sizes.itemsize, FLOAT32) if not is_sharded(config, ranks) else sizes.itemsize
@@ -318,14 +330,20 @@ def _head_bytes(
 
 
 class _SavedByAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps, and computes nothing."""
+    """Keeps what a fused attention kernel keeps of so many positions, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
+    def forward(
+        ctx: Any, query_1HTC: Tensor, key_1KTC: Tensor, value_1KTC: Tensor, positions: int
+    ) -> Tensor:
+        _, heads, _, width = query_1HTC.shape
+        query_EHC, output_EHC = (query_1HTC.new_empty(positions, heads, width) for _ in range(2))
+        key_EKC, value_EKC = (
+            states.new_empty(positions, states.shape[1], width) for states in (key_1KTC, value_1KTC)
+        )
+        sums_EH = query_1HTC.new_empty(positions, heads, dtype=torch.float32)
+        ctx.save_for_backward(query_EHC, key_EKC, value_EKC, output_EHC, sums_EH)
+        return query_1HTC.new_empty(query_1HTC.shape).transpose(1, 2)
 
 
 def _planned_attention(
@@ -334,24 +352,32 @@ def _planned_attention(
     key_1KTC: Tensor,
     value_1KTC: Tensor,
     attention_mask: Tensor | None,
+    *,
+    positions: int,
+    repeats_heads: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    # As in `attention.py`, which repeats the heads of keys and values.
-    repeats = query_1HTC.shape[1] // key_1KTC.shape[1]
-    if repeats > 1:
-        key_1KTC = key_1KTC.repeat_interleave(repeats, dim=1)
-        value_1KTC = value_1KTC.repeat_interleave(repeats, dim=1)
-    output_1HTC = _SavedByAttention.apply(query_1HTC, key_1KTC, value_1KTC)
-    return output_1HTC.transpose(1, 2).contiguous(), None
+    repeats = query_1HTC.shape[1] // key_1KTC.shape[1] if repeats_heads else 1
+    key_1KTC, value_1KTC = (
+        states.repeat_interleave(repeats, dim=1) for states in (key_1KTC, value_1KTC)
+    )
+    return _SavedByAttention.apply(query_1HTC, key_1KTC, value_1KTC, positions).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _planned_attention)
 
 
-def activation_bytes(sizes: _ModelSizes, tokens: int, *, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a forward pass over packed tokens, the head's left out.
+def activation_bytes(
+    sizes: _ModelSizes, tokens: int, positions: int, *, checkpointing: bool, device: str
+) -> int:
+    """Bytes that autograd keeps of a forward pass, the head's left out.
 
     With checkpointing the inputs of all layers, and the inside of one.
+
+    Args:
+        tokens: packed ones.
+        positions: of attention, where each sequence has its prompt.
+        device: a GPU's attention repeats keys and values for grouped heads (`attention.py`).
     """
     kept: dict[int, Tensor] = {}
     weights = {weight.untyped_storage()._cdata for weight in sizes.model.parameters()}
@@ -369,7 +395,13 @@ def activation_bytes(sizes: _ModelSizes, tokens: int, *, checkpointing: bool) ->
         _calls_around(sizes.layers, lambda: ends.append(_total(kept))),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        sizes.model.get_decoder()(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        sizes.model.get_decoder()(
+            input_ids=ids_1T,
+            position_ids=positions_1T,
+            use_cache=False,
+            positions=positions,
+            repeats_heads=device != "cpu",
+        )
     total = _total(kept)
     if not checkpointing:
         return total
