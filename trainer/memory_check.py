@@ -27,7 +27,6 @@ PLAN_FILE = "memory_plan.json"
 # What the run calls its phases, and which one of the plan that is.
 PLANNED_PHASE = {"update": "forward"}
 PHASE_NAMES = {
-    "load": "loading",
     "rollout": "the rollout",
     "forward": "the update",
     "backward": "the update's end",

@@ -5,9 +5,8 @@ forward pass is counted by running one there. Lengths are taken at their limits,
 run may need, not what it needs on average.
 
 A plan has parts; each is there in some phases, and the largest sum over a phase is the peak:
-`load` (weights are read, whole, on every rank), `rollout` (and evaluation), `forward` (until the
-head has its gradient, activations of a micro-batch being kept) and `backward` (its end, where the
-gradients of the embedding are whole).
+`rollout` (and evaluation), `forward` (until the head has its gradient, activations of a micro-batch
+being kept) and `backward` (its end, where the gradients of the embedding are whole).
 """
 
 import copy
@@ -25,8 +24,7 @@ from trainer.config import TrainConfig
 from trainer.exact_head import BLOCK_ROWS
 from trainer.parity import WINDOW_TOKENS
 
-PHASES = ("load", "rollout", "forward", "backward")
-RESIDENT = ("rollout", "forward", "backward")
+PHASES = ("rollout", "forward", "backward")
 UPDATE = ("forward", "backward")
 FLOAT32 = 4
 # Of the key-value cache of vLLM on a CPU, which has no share of a GPU to live in.
@@ -153,20 +151,20 @@ def _weight_parts(
     on_host = on_cpu or config.sharding.cpu_offload
     more_ranks = "more ranks" if on_cpu else "--cpu-offload True or more ranks"
     has_reference = bool(config.loss_spec.kl_weight)
-    whole = sizes.numel * FLOAT32 * (2 if has_reference and shards > 1 else 1)
     smaller = "a smaller --model"
+    # Kept in host memory from the first checkpoint on; each rank has its share of whole tensors.
     yield MemoryPart(
-        name="whole weights while loading",
-        bytes=whole,
-        phases=("load",),
-        knob=smaller,
-        on_host=on_cpu,
+        name="checkpoint being written",
+        bytes=-(-sizes.numel // ranks) * FLOAT32 * (3 + has_reference),
+        phases=PHASES,
+        knob="more ranks" if ranks == 1 else smaller,
+        on_host=True,
     )
     for name, copies, phases, knob in (
-        ("weights", 1, RESIDENT, more_ranks),
-        ("optimizer", 2, RESIDENT, more_ranks),
+        ("weights", 1, PHASES, more_ranks),
+        ("optimizer", 2, PHASES, more_ranks),
         ("gradients", 1, UPDATE, more_ranks),
-        ("reference", int(has_reference), RESIDENT, "--kl-weight 0 or more ranks"),
+        ("reference", int(has_reference), PHASES, "--kl-weight 0 or more ranks"),
     ):
         yield MemoryPart(name=name, bytes=own * copies, phases=phases, knob=knob, on_host=on_host)
     if not is_sharded(config, ranks):
@@ -248,11 +246,11 @@ def _vllm_parts(
             yield MemoryPart(name=name, bytes=size, phases=PHASES, knob=knob, on_host=True)
         return
     share = int((device_bytes or 0) * config.rollout.vllm_gpu_memory)
-    # It sleeps during the update, but its first start measures the GPU after the weights are there.
+    # It sleeps during the update.
     yield MemoryPart(
         name="vLLM's share",
         bytes=max(share, weights),
-        phases=("load", "rollout"),
+        phases=("rollout",),
         knob="a smaller --vllm-gpu-memory",
         on_host=False,
     )
