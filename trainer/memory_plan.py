@@ -11,17 +11,17 @@ being kept) and `backward` (its end, where the gradients of the embedding are wh
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import TrainConfig
 from trainer.exact_head import BLOCK_ROWS
+from trainer.kept_activations import ATTENTION, activation_bytes
 from trainer.parity import WINDOW_TOKENS
 
 PHASES = ("rollout", "forward", "backward")
@@ -33,7 +33,6 @@ VLLM_CPU_CACHE_BYTES = 2 << 30
 PARITY_MATRICES = 8
 # Copies of a chunk of logits that a backend makes: the reference works with whole tensors.
 CHUNK_COPIES = {"reference": 6}
-ATTENTION = "onepass_planned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +211,8 @@ def _sampler_parts(
     for name, size, phases, knob in (
         (
             "sampler's weights",
-            sizes.numel * sizes.itemsize,
+            # One rank in float32 samples from the policy's own.
+            sizes.numel * sizes.itemsize * is_sharded(config, ranks),
             PHASES,
             "--rollout vllm" if not on_cpu else "a smaller --model",
         ),
@@ -272,7 +272,7 @@ def _update_parts(
     tokens = max(min(options.micro_batch_tokens, of_rank), longest)
     checkpointing = config.sharding.activation_checkpointing
     kept = activation_bytes(
-        sizes,
+        sizes.model,
         tokens,
         tokens * in_attention // of_prompt,
         checkpointing=checkpointing,
@@ -325,101 +325,3 @@ def _head_bytes(
         gate += min(BLOCK_ROWS, rows) * sizes.width * 8
     states = 2 * tokens * sizes.width * sizes.itemsize
     return max(logits, gate) + weight_gradient + states
-
-
-class _SavedByAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps of so many positions, and computes nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_1HTC: Tensor, key_1KTC: Tensor, value_1KTC: Tensor, positions: int
-    ) -> Tensor:
-        _, heads, _, width = query_1HTC.shape
-        query_EHC, output_EHC = (query_1HTC.new_empty(positions, heads, width) for _ in range(2))
-        key_EKC, value_EKC = (
-            states.new_empty(positions, states.shape[1], width) for states in (key_1KTC, value_1KTC)
-        )
-        sums_EH = query_1HTC.new_empty(positions, heads, dtype=torch.float32)
-        ctx.save_for_backward(query_EHC, key_EKC, value_EKC, output_EHC, sums_EH)
-        return query_1HTC.new_empty(query_1HTC.shape).transpose(1, 2)
-
-
-def _planned_attention(
-    module: nn.Module,
-    query_1HTC: Tensor,
-    key_1KTC: Tensor,
-    value_1KTC: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    positions: int,
-    repeats_heads: bool,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    repeats = query_1HTC.shape[1] // key_1KTC.shape[1] if repeats_heads else 1
-    key_1KTC, value_1KTC = (
-        states.repeat_interleave(repeats, dim=1) for states in (key_1KTC, value_1KTC)
-    )
-    return _SavedByAttention.apply(query_1HTC, key_1KTC, value_1KTC, positions).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _planned_attention)
-
-
-def activation_bytes(
-    sizes: _ModelSizes, tokens: int, positions: int, *, checkpointing: bool, device: str
-) -> int:
-    """Bytes that autograd keeps of a forward pass, the head's left out.
-
-    With checkpointing the inputs of all layers, and the inside of one.
-
-    Args:
-        tokens: packed ones.
-        positions: of attention, where each sequence has its prompt.
-        device: a GPU's attention repeats keys and values for grouped heads (`attention.py`).
-    """
-    kept: dict[int, Tensor] = {}
-    weights = {weight.untyped_storage()._cdata for weight in sizes.model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = tensor
-        return tensor
-
-    ends: list[int] = []
-    ids_1T = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    positions_1T = torch.zeros_like(ids_1T)
-    with (
-        _calls_around(sizes.layers, lambda: ends.append(_total(kept))),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        sizes.model.get_decoder()(
-            input_ids=ids_1T,
-            position_ids=positions_1T,
-            use_cache=False,
-            positions=positions,
-            repeats_heads=device != "cpu",
-        )
-    total = _total(kept)
-    if not checkpointing:
-        return total
-    inside = [end - start for start, end in zip(ends[::2], ends[1::2], strict=True)]
-    inputs = len(sizes.layers) * tokens * sizes.width * sizes.itemsize
-    return total - sum(inside) + inputs + max(inside)
-
-
-def _total(kept: dict[int, Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@contextmanager
-def _calls_around(modules: list[nn.Module], call: Any) -> Iterator[None]:
-    handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(lambda *_: call()))
-        handles.append(module.register_forward_hook(lambda *_: call()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
