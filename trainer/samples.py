@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ from trainer.monitors import (
 from trainer.rewards import Reward
 from trainer.rewards.grading import STATUSES, Attempt
 from trainer.rewards.scoring import GradedGroup, Scorer
-from trainer.rollout import Completion, Sampler
+from trainer.rollout import AheadSampler, Completion, Sampler
 from trainer.run_log import Sample
 from trainer.seeds import derive_key
 from trainer.tasks import Problem
@@ -112,6 +113,7 @@ class Prompter:
             length=len(scored.completion.token_ids),
             finish_reason=scored.completion.finish_reason,
             mean_logprob=float(scored.completion.logprobs.mean()),
+            weights_step=scored.completion.weights_step,
         )
 
     def _text(self, completion: Completion) -> str:
@@ -175,6 +177,16 @@ class Scoring:
         return scored_PG
 
 
+class RolloutArguments(TypedDict):
+    """What `rollout` and `start_rollout` need to know, beside what they sample."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    stream: tuple[int, str, int]
+    first_prompt: int
+
+
 def rollout(
     sampler: Sampler,
     prompter: Prompter,
@@ -195,23 +207,45 @@ def rollout(
         first_prompt: together with the place of the problem among those of all ranks.
         top_p, on_group: see `Sampler.generate`.
     """
-    seed, purpose, step = stream
-    keys_PG = np.array(
-        [
-            [derive_key(seed, purpose, step, first_prompt + place, g) for g in range(num_samples)]
-            for place in range(len(problems))
-        ],
-        dtype=np.uint64,
-    ).reshape(len(problems), num_samples)
-    prompts = [prompter.encode(problem) for problem in problems]
     return sampler.generate(
-        prompts,
-        keys_PG,
+        [prompter.encode(problem) for problem in problems],
+        _keys(len(problems), num_samples, stream, first_prompt),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         on_group=on_group,
     )
+
+
+def start_rollout(
+    sampler: AheadSampler,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    stream: tuple[int, str, int],
+    first_prompt: int,
+) -> None:
+    """Starts what a later `rollout` with the same arguments waits for."""
+    sampler.start(
+        [prompter.encode(problem) for problem in problems],
+        _keys(len(problems), num_samples, stream, first_prompt),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+
+
+def _keys(
+    num_prompts: int, num_samples: int, stream: tuple[int, str, int], first_prompt: int
+) -> np.ndarray:
+    seed, purpose, step = stream
+    keys_PG = [
+        [derive_key(seed, purpose, step, first_prompt + place, g) for g in range(num_samples)]
+        for place in range(num_prompts)
+    ]
+    return np.array(keys_PG, dtype=np.uint64).reshape(num_prompts, num_samples)
 
 
 def require_finite_logprobs(scored_PG: Iterable[Iterable[ScoredCompletion]], step: int) -> None:
@@ -223,6 +257,12 @@ def require_finite_logprobs(scored_PG: Iterable[Iterable[ScoredCompletion]], ste
                     f"step {step}: expected finite values, got nan in the sampler's "
                     f"log-probabilities for problem {one.problem.problem_id}"
                 )
+
+
+def weights_age(scored_PG: Iterable[Iterable[ScoredCompletion]], step: int) -> float:
+    """Updates between the weights that sampled a step's completions and those that it begins with,
+    a mean over completions."""
+    return _mean(step - 1 - one.completion.weights_step for group in scored_PG for one in group)
 
 
 def sample_metrics(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> dict[str, float | None]:

@@ -32,8 +32,10 @@ from trainer.problem_source import ListedProblems, ProblemSource, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
-from trainer.rollout.transformers_sampler import TransformersSampler
-from trainer.rollout.vllm_sampler import VllmSampler
+from trainer.rollout.server_client import start_command
+from trainer.rollout.server_sampler import ServerSampler
+from trainer.rollout.transformers_sampler import TransformersSampler, end_token_ids
+from trainer.rollout.vllm_sampler import VllmSampler, generation_config
 from trainer.rollout_buffer import RolloutBuffer
 from trainer.run_folder import config_fingerprint
 from trainer.run_log import RunLog
@@ -152,7 +154,7 @@ def start_run(
     prompter = Prompter(
         tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
     )
-    sampler = _make_sampler(config, model, start, tokenizer, template, world)
+    sampler = _make_sampler(config, model, start, tokenizer, template, world, log)
     policy = _make_policy(model, stored, config, world)
     reference = None
     if config.loss_spec.kl_weight:
@@ -192,9 +194,22 @@ def _make_sampler(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     world: World,
+    log: RunLog,
 ) -> Sampler:
     """What `--rollout` names, with the weights of `source`."""
     options = config.rollout
+    if options.rollout == "vllm-server":
+        return ServerSampler(
+            options.vllm_url,
+            world,
+            end_ids=sorted(end_token_ids(generation_config(source), tokenizer, template)),
+            stop_strings=template.stop,
+            in_flight=options.vllm_in_flight,
+            timeout_seconds=options.vllm_timeout,
+            retry_seconds=options.vllm_retry,
+            start_command=lambda url: start_command(config.model, config.dtype, url),
+            report=log.message,
+        )
     if options.rollout == "vllm":
         longest = options.max_prompt_tokens + options.max_new_tokens
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", longest)

@@ -37,17 +37,22 @@ from trainer.packing import UpdateSample
 from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
 from trainer.rollout import Completion
+from trainer.rollout.server_sampler import ServerSampler
 from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths
 from trainer.run_log import RunLog, Sample
 from trainer.samples import (
+    RolloutArguments,
     ScoredCompletion,
     Scoring,
     require_finite_logprobs,
     rollout,
     sample_metrics,
+    start_rollout,
+    weights_age,
 )
 from trainer.setup_run import Run, start_run
 from trainer.stop_signal import InterruptedRunError
+from trainer.tasks import Problem
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -68,6 +73,8 @@ def train(run: Run) -> None:
     for step in range(run.completed + 1, config.optimizer.steps + 1):
         clock = PhaseClock(run.log, run.memory)
         scored_PG = scored_step(run, step, clock)
+        # A checkpoint has to find in the buffer what older weights sampled.
+        save_if_due(run)
         stop_if_asked(run)
         run.sampler.release_memory()
         with clock.phase("update"):
@@ -77,10 +84,12 @@ def train(run: Run) -> None:
         with clock.phase("sync"):
             run.sync_sampler()
         metrics = sample_metrics(scored_PG) | clock.metrics(count_tokens(scored_PG))
+        metrics["rollout/weights_age"] = weights_age(scored_PG, step)
         evaluate_and_log(run, step, metrics | update_metrics, scored_PG)
-        if run.is_due(step, config.checkpoint.save_every):
-            run.save()
-        stop_if_asked(run)
+        if not config.rollout.async_steps:
+            save_if_due(run)
+            stop_if_asked(run)
+    save_if_due(run)
     run.store.wait()
     run.buffer.drop_up_to(run.completed)
 
@@ -116,6 +125,7 @@ def scored_step(run: Run, step: int, clock: PhaseClock) -> list[list[ScoredCompl
         )
         if kept_PG is None:
             scoring, completions_PG = sample_step(run, step)
+        start_next_step(run, step)
     with clock.phase("score"):
         if kept_PG is not None:
             return kept_PG
@@ -129,22 +139,40 @@ def scored_step(run: Run, step: int, clock: PhaseClock) -> list[list[ScoredCompl
 def sample_step(run: Run, step: int) -> tuple[Scoring, list[list[Completion]]]:
     """Completions of this rank's problems of the step from the current policy, and their scoring,
     which goes on meanwhile."""
+    problems, options = step_problems(run, step), step_options(run, step)
+    scoring = Scoring(run.prompter, problems)
+    completions_PG = rollout(run.sampler, run.prompter, problems, **options, on_group=scoring.add)
+    return scoring, completions_PG
+
+
+def start_next_step(run: Run, step: int) -> None:
+    """Starts to sample the step after, from the weights this one begins with, if `--async-steps`
+    says so."""
+    is_last = step == run.config.optimizer.steps
+    if run.config.rollout.async_steps and not is_last:
+        assert isinstance(run.sampler, ServerSampler)
+        problems, options = step_problems(run, step + 1), step_options(run, step + 1)
+        start_rollout(run.sampler, run.prompter, problems, **options)
+
+
+def step_problems(run: Run, step: int) -> list[Problem]:
+    """This rank's problems of a step that is still to be made."""
+    num_prompts = run.config.rollout.num_prompts
+    first = run.drawn + (step - run.completed - 1) * num_prompts
+    return [run.source.problem(first + place) for place in run.world.shard(range(num_prompts))]
+
+
+def step_options(run: Run, step: int) -> RolloutArguments:
+    """How the completions of a step are sampled."""
     options = run.config.rollout
     places = run.world.shard(range(options.num_prompts))
-    problems = [run.source.problem(run.drawn + place) for place in places]
-    scoring = Scoring(run.prompter, problems)
-    completions_PG = rollout(
-        run.sampler,
-        run.prompter,
-        problems,
-        num_samples=options.group_size,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        stream=(run.config.seed, "rollout", step),
-        first_prompt=places[0] if places else 0,
-        on_group=scoring.add,
-    )
-    return scoring, completions_PG
+    return {
+        "num_samples": options.group_size,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "stream": (run.config.seed, "rollout", step),
+        "first_prompt": places[0] if places else 0,
+    }
 
 
 def with_advantages(
@@ -193,6 +221,12 @@ def evaluate_and_log(
     run.log.log_step(step, metrics, samples=trained_on, eval_samples=held_out)
     if held_out and run.world.is_main:
         write_page(run.config.run_folder)
+
+
+def save_if_due(run: Run) -> None:
+    """Saves the last completed step, if a checkpoint is due after it and not made."""
+    if run.is_due(run.completed, run.config.checkpoint.save_every):
+        run.save()
 
 
 def reset_reference_if_due(run: Run, step: int) -> None:

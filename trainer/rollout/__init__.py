@@ -67,3 +67,19 @@ class Sampler(Protocol):
             on_group: called with the place of a prompt and its completions when they are complete
                 while others are still being sampled; for the last ones there is no need to.
         """
+
+
+class AheadSampler(Sampler, Protocol):
+    """A sampler that samples while its caller does something else."""
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys_PG: np.ndarray,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+    ) -> None:
+        """Starts to sample, and returns at once; `generate` with the same arguments then waits for
+        the completions."""

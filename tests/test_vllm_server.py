@@ -1,0 +1,329 @@
+"""Whole runs that sample on a vLLM server, where vLLM is installed: the server is killed and
+started anew in the middle, the trainer is killed in the middle, and nothing is lost."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from trainer.fsdp import World
+from trainer.rollout import Completion
+from trainer.rollout.server_sampler import ServerSampler
+from trainer.rollout.weight_sender import InFlight
+from trainer.run_log import read_metrics
+from trainer.seeds import derive_key
+from trainer.testing import WORDS, bigram_tokenizer, wide_bigram_model, write_sums
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+STEPS = 5
+# Float32 on both sides: logits of up to about 10 with some thousand roundings of 6e-8 in each.
+LOGPROB_TOLERANCE = 1e-4
+
+
+class Server:
+    """A vLLM server on a port of its own, which can be killed and started again."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.log = model, log
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "trainer.rollout.vllm_server", f"--model={self.model}"]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*command, f"--port={self.port}", "--dtype=float32"],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        while self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.url + "/health", timeout=5)
+                return
+            except (URLError, OSError):
+                time.sleep(0.2)
+        pytest.fail(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    wide_bigram_model(noise=0.02).save_pretrained(folder / "model")
+    bigram_tokenizer().save_pretrained(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(inputs: Path) -> Iterator[Server]:
+    one = Server(inputs / "model", inputs / "server.log")
+    one.start()
+    yield one
+    one.kill()
+
+
+def start(
+    inputs: Path, run_dir: Path, server: Server, *, ranks: int = 2, **changed: object
+) -> subprocess.Popen[str]:
+    options: dict[str, object] = {
+        "rollout": "vllm-server",
+        "vllm_url": server.url,
+        "model": inputs / "model",
+        "dataset": inputs / "sums.jsonl",
+        "run_dir": run_dir,
+        "backend": "reference",
+        "grader": "exact",
+        "steps": STEPS,
+        "num_prompts": 8,
+        "group_size": 4,
+        "max_new_tokens": 16,
+        "eval_problems": 8,
+        "eval_samples": 2,
+        "eval_every": 3,
+        "save_every": 1,
+        "learning_rate": 5e-3,
+        "warmup_updates": 0,
+        "loss": "grpo",
+        **changed,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [*launcher, "trainer/train.py", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not (run_dir / "rollouts" / f"step-{step:05d}.jsonl").exists():
+        time.sleep(0.01)
+
+
+def samples(run_dir: Path) -> list[list[tuple[object, ...]]]:
+    """What was trained on in each step, in order."""
+    names = ("problem_id", "prompt", "completion", "finish_reason", "reward", "weights_step")
+    return [
+        [tuple(json.loads(line)[name] for name in names) for line in path.read_text().splitlines()]
+        for path in sorted((run_dir / "rollouts").glob("step-*.jsonl"))
+    ]
+
+
+class Asking:
+    """A sampler of the server in this process, and what it reports."""
+
+    def __init__(self, server: Server, in_flight: InFlight = "wait", **options: float) -> None:
+        self.reports: list[str] = []
+        seconds = {"timeout_seconds": 20.0, "retry_seconds": 120.0} | options
+        self.sampler = ServerSampler(
+            [server.url],
+            World(rank=0, size=1, device=torch.device("cpu")),
+            end_ids=[WORDS.index("<eos>")],
+            stop_strings=["</answer>"],
+            in_flight=in_flight,
+            start_command=lambda url: f"start {url}",
+            report=self.reports.append,
+            **seconds,
+        )
+
+    def __enter__(self) -> "Asking":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.sampler.close()
+
+    def load(self, model: LlamaForCausalLM, step: int) -> None:
+        self.sampler.load_weights(lambda: model.named_parameters(), step)
+
+    def arguments(self, prompts: int = 4) -> tuple[list[list[int]], np.ndarray]:
+        keys = [[derive_key(0, "t", place, g) for g in range(8)] for place in range(prompts)]
+        return [PROMPT] * prompts, np.array(keys, dtype=np.uint64)
+
+    def ask(self, **options: Any) -> list[Completion]:
+        """32 completions."""
+        given = {"max_new_tokens": 200, "temperature": 1.0, **options}
+        groups: dict[int, list[Completion]] = {}
+        found = self.sampler.generate(
+            *self.arguments(), **given, on_group=lambda place, group: groups.update({place: group})
+        )
+        assert [groups[place] for place in range(4)] == found
+        return [one for group in found for one in group]
+
+
+PROMPT = [WORDS.index(word) for word in "User: 1 + 2 Assistant:".split()]
+SO = WORDS.index("so")
+
+
+def endless(*, only_so: bool) -> LlamaForCausalLM:
+    """Never ends; says any other word with the same probability, or one word."""
+    model = wide_bigram_model(noise=0.0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        for word in ("<eos>", "</answer>"):
+            model.lm_head.weight[WORDS.index(word)] = -10.0
+        if only_so:
+            model.lm_head.weight[SO] = 10.0
+    return model
+
+
+def test_logprobs_are_those_of_the_weights_that_were_sent(server: Server) -> None:
+    server.wait()
+    model = wide_bigram_model(noise=0.3)
+    with Asking(server) as asking:
+        asking.load(model, 3)
+        completions = asking.ask(max_new_tokens=12, temperature=0.7)
+        again = asking.ask(max_new_tokens=12, temperature=0.7)
+    assert [one.token_ids.tolist() for one in completions] == [
+        one.token_ids.tolist() for one in again
+    ]
+    for one in completions:
+        tokens = torch.tensor(PROMPT + one.token_ids.tolist())
+        with torch.no_grad():
+            logits_TV = model.double()(tokens[None]).logits[0, len(PROMPT) - 1 : -1]
+        expected = (logits_TV / 0.7).log_softmax(-1)[range(len(one.token_ids)), one.token_ids]
+        found = torch.from_numpy(one.logprobs).double()
+        torch.testing.assert_close(found, expected, atol=LOGPROB_TOLERANCE, rtol=0)
+        assert one.weights_step == 3
+
+
+@pytest.mark.parametrize("in_flight", ["wait", "keep", "abort"])
+def test_new_weights_meet_requests_in_flight_as_chosen(server: Server, in_flight: InFlight) -> None:
+    server.wait()
+    with Asking(server, in_flight) as asking:
+        asking.load(endless(only_so=False), 1)
+        prompts, keys_PG = asking.arguments()
+        asking.sampler.start(prompts, keys_PG, max_new_tokens=200, temperature=1.0)
+        time.sleep(0.3)
+        asking.load(endless(only_so=True), 2)
+        completions = asking.ask()
+    # How many words are from the second weights, which say but one.
+    tails = []
+    for one in completions:
+        others = np.flatnonzero(one.token_ids != SO)
+        tails.append(len(one.token_ids) - (others[-1] + 1 if len(others) else 0))
+    assert {len(one.token_ids) for one in completions} == {200}
+    steps = {one.weights_step for one in completions}
+    if in_flight == "wait":
+        assert steps == {1} and max(tails) < 20
+    elif in_flight == "abort":
+        assert 2 in steps and steps <= {1, 2}
+        assert all(
+            tail == 200
+            for tail, one in zip(tails, completions, strict=True)
+            if one.weights_step == 2
+        )
+    else:
+        assert 1 in steps and any(20 <= tail < 200 for tail in tails)
+        one = completions[int(np.argmax(np.array(tails) % 200))]
+        tail = int(np.max(np.array(tails) % 200))
+        assert np.abs(one.logprobs[-tail + 1 :]).max() < LOGPROB_TOLERANCE
+        assert one.logprobs[:-tail].max() < -2
+
+
+def test_server_that_hangs_is_noticed_and_asked_again(server: Server) -> None:
+    server.wait()
+    with Asking(server, timeout_seconds=2.0) as asking:
+        asking.load(endless(only_so=False), 1)
+        expected = [one.token_ids.tolist() for one in asking.ask()]
+        os.killpg(server.process.pid, signal.SIGSTOP)
+        wake = threading.Timer(8.0, os.killpg, (server.process.pid, signal.SIGCONT))
+        wake.start()
+        started = time.monotonic()
+        assert [one.token_ids.tolist() for one in asking.ask()] == expected
+        assert time.monotonic() - started > 7
+    assert any("asking again" in each for each in asking.reports)
+
+
+@pytest.fixture(scope="module")
+def whole_run(inputs: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    server.wait()
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(inputs, run_dir, server))
+    return run_dir
+
+
+def test_each_step_is_sampled_by_the_weights_that_the_last_update_left(
+    inputs: Path, whole_run: Path
+) -> None:
+    records = read_metrics(whole_run)[1:]
+    assert len(records) == STEPS
+    for record in records:
+        assert record["sampler/logprob_gap_mean"] < LOGPROB_TOLERANCE
+        assert record["rollout/weights_age"] == 0
+    for step, completions in enumerate(samples(whole_run), start=1):
+        assert {one[-1] for one in completions} == {step - 1}
+    ends = [load_file(run / "model.safetensors") for run in (inputs / "model", whole_run / "model")]
+    moved = max((ends[1][name] - weight).abs().max().item() for name, weight in ends[0].items())
+    assert moved > 100 * LOGPROB_TOLERANCE
+
+
+def test_killed_server_gets_weights_and_requests_again(
+    inputs: Path, server: Server, whole_run: Path, tmp_path: Path
+) -> None:
+    process = start(inputs, tmp_path / "run", server)
+    wait_for_step(tmp_path / "run", 2, process)
+    server.kill()
+    server.start()
+    out = finish(process)
+    assert "waiting for a vLLM server" in out
+    assert samples(tmp_path / "run") == samples(whole_run)
+    for record in read_metrics(tmp_path / "run")[1:]:
+        assert record["sampler/logprob_gap_mean"] < LOGPROB_TOLERANCE
+
+
+def test_steps_sampled_ahead_are_one_update_old(
+    inputs: Path, server: Server, whole_run: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "other"):
+        finish(start(inputs, tmp_path / name, server, ranks=1, async_steps=1))
+    ages = [record["rollout/weights_age"] for record in read_metrics(tmp_path / "one")[1:]]
+    assert ages == [0.0, *[1.0] * (STEPS - 1)]
+    ours = samples(tmp_path / "one")
+    for step, completions in enumerate(ours, start=1):
+        assert {one[-1] for one in completions} == {max(0, step - 2)}
+    # The first step is that of a run without; what comes later is the same every time.
+    assert ours[0] == samples(whole_run)[0] and ours[2] != samples(whole_run)[2]
+    assert ours == samples(tmp_path / "other")
