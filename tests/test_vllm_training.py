@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.run_log import read_metrics
@@ -55,6 +54,7 @@ def start(inputs: Path, run_dir: Path, **changed: object) -> subprocess.Popen[st
         "save_every": 1,
         "keep_checkpoints": STEPS,
         "learning_rate": 5e-3,
+        "warmup_updates": 0,
         "loss": "grpo",
         **changed,
     }
