@@ -35,6 +35,8 @@ SHARDED_CHUNK_TOKENS = 4096
 # Bytes of the weight that are converted at a time: enough rows for a fast product, few enough to
 # stay in the cache until it reads them.
 BLOCK_BYTES = 8 << 20
+# Backends whose gradient may have another dtype than the logits.
+WRITES_ANY_DTYPE = ("reference", "triton")
 # MKL multiplies the rows left over by its tiles with another kernel, which rounds otherwise. With
 # none left over, a row's bits do not depend on the rows beside it.
 ROW_TILE = 16
@@ -263,14 +265,17 @@ class Gradients:
             )
         settings = chunk.settings
         out_nW = logits_nW if self.rounded_NW is None else self.rounded_NW[: len(logits_nW)]
+        direct = out_nW.dtype == logits_nW.dtype or settings.backend in WRITES_ANY_DTYPE
         load_backend(settings.backend).grad_logits(
             logits_nW[None],
             chunk.token_ids_n,
             settings.inv_temperature,
             settings.softcap,
             *per_token,
-            out_nW[None],
+            out_nW[None] if direct else logits_nW[None],
         )
+        if not direct:
+            out_nW.copy_(logits_nW)
         self._multiply(out_nW, chunk.hidden_nD, rows)
 
     def _multiply(self, grad_logits_nW: Tensor, hidden_nD: Tensor, rows: slice | Tensor) -> None:

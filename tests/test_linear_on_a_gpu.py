@@ -143,8 +143,9 @@ def test_token_logprobs_are_those_of_the_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk_tokens", [4, 48])
+@pytest.mark.parametrize("backend_between", ["reference", "cpp"])
 def test_half_precision_gradients_are_as_exact_as_plain_ones(
-    gpu_path: None, dtype: torch.dtype, chunk_tokens: int
+    gpu_path: None, dtype: torch.dtype, chunk_tokens: int, backend_between: str
 ) -> None:
     """Plain PyTorch multiplies in the same dtype, with logits and their gradient rounded to it."""
     (hidden, weight, _), arguments = problem(dtype)
@@ -166,7 +167,7 @@ def test_half_precision_gradients_are_as_exact_as_plain_ones(
         spec=LossSpec(surrogate="reinforce", aggregation="token_mean"),
         advantages=torch.ones(NUM_TOKENS),
         chunk_tokens=chunk_tokens,
-        backend="reference",
+        backend=backend_between,
     ).loss.backward()
     for leaf, theirs, exact in zip(leaves, plain(dtype), plain(torch.float64), strict=True):
         assert leaf.grad is not None
