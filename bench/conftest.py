@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from harness import CHECKED_NAMES, Case, Compete, Factory, Rounds, Unavailable, machine  # noqa: E402
+from harness import CHECKED_NAMES, DEVICE, Case, Compete, Factory, Rounds, Unavailable, machine  # noqa: E402
 from report import Record, Row, comparison, load, markdown, save  # noqa: E402
 
 RECORD = pytest.StashKey[Record]()
@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks benchmarks of a GPU `gpu`, and leaves out those that ask for --full."""
+    here = Path(__file__).parent
+    for item in items:
+        if DEVICE == "cuda" and here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
     if config.getoption("--full"):
         return
     full = [item for item in items if item.get_closest_marker("full")]

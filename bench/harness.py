@@ -37,7 +37,7 @@ VOCABULARIES = (32000, 49152, 129920, 151936, 262144)
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = "eager"
 UPCAST = f"{PLAIN}, .float()"
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Who is checked where nothing is timed.
 CHECKED_NAMES = (PLAIN, UPCAST, *BACKENDS)
 
