@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import LossSpec, checks, linear, linear_head, linear_library
+from kernels.arguments import LossArguments
 from kernels.linear_head import HeadSettings
 from kernels.testing import grpo_batch, relative_error
 
@@ -289,17 +290,20 @@ def test_nothing_waits_for_the_device(
         ids = torch.empty(NUM_TOKENS, dtype=torch.int64, device="meta")
         numbers = torch.empty(NUM_TOKENS, device="meta")
         rows = checks.checked_rows(hidden, ids, None, None, WIDTH)
-        batch = checks.checked_batch(
-            rows,
-            spec,
-            None,
-            cu_seqlens=torch.empty(9, dtype=torch.int32, device="meta"),
+        call = LossArguments(
+            old_logprobs=numbers,
+            ref_logprobs=numbers,
+            sampler_logprobs=numbers,
             advantages=None,
             rewards=torch.empty(8, device="meta"),
             group_size=4,
+            cu_seqlens=torch.empty(9, dtype=torch.int32, device="meta"),
+            mask=None,
             denominator=None,
-            per_token=dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_logprobs"), numbers),
+            spec_choices=spec.choices,
+            spec_numbers=spec.numbers,
         )
+        batch = checks.checked_batch(rows, spec, None, call)
         inputs = hidden, weight, None
         results, outputs = linear.policy_loss_and_gradients(
             inputs, settings, batch, spec, 20, (True, True, False)
