@@ -59,7 +59,7 @@ def files(buffer: RolloutBuffer) -> list[str]:
 
 
 def test_buffer_gives_the_same_completions_back(buffer: RolloutBuffer, warnings: list[str]) -> None:
-    read = buffer.read(7, "weights7", lambda: PROBLEMS)
+    read = buffer.read(7, "weights7", lambda count: PROBLEMS[:count])
     assert read is not None and not warnings
     for problem, group in zip(PROBLEMS, read, strict=True):
         for sample, ours in enumerate(group):
@@ -85,24 +85,24 @@ def test_every_damage_to_a_buffer_is_found(buffer: RolloutBuffer, warnings: list
         ):
             path.write_bytes(damaged)
             warnings.clear()
-            assert buffer.read(7, "weights7", lambda: PROBLEMS) is None, place
+            assert buffer.read(7, "weights7", lambda count: PROBLEMS[:count]) is None, place
             assert warnings and "step-00007" in warnings[0] and not path.exists()
 
 
 def test_buffer_of_other_weights_is_dropped_with_all_after_it(
     buffer: RolloutBuffer, warnings: list[str]
 ) -> None:
-    assert buffer.read(7, "others", lambda: PROBLEMS) is None
+    assert buffer.read(7, "others", lambda count: PROBLEMS[:count]) is None
     assert len(warnings) == 2 and "other weights" in warnings[0] and files(buffer) == []
 
 
 def test_buffer_of_other_problems_is_dropped(buffer: RolloutBuffer, warnings: list[str]) -> None:
-    assert buffer.read(7, "weights7", lambda: PROBLEMS[::-1]) is None
+    assert buffer.read(7, "weights7", lambda count: PROBLEMS[::-1]) is None
     assert len(warnings) == 1 and "other problems" in warnings[0]
     assert files(buffer) == ["step-00008.jsonl"]
 
 
 def test_buffer_is_empty_where_nothing_was_kept_or_needed(buffer: RolloutBuffer) -> None:
-    assert buffer.read(9, "weights9", lambda: PROBLEMS) is None
+    assert buffer.read(9, "weights9", lambda count: PROBLEMS[:count]) is None
     buffer.drop_up_to(7)
     assert files(buffer) == ["step-00008.jsonl"]

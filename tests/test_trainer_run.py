@@ -325,3 +325,30 @@ def test_run_directory_of_another_config_is_refused_and_left_alone(
         assert code == 2 and sentence in err and err.count("\n") == 1, err
     after = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*") if path.is_file()}
     assert {path.name for path in after if after[path] != before.get(path)} <= {".lock"}
+
+
+def groups_of_step(run_dir: Path, step: int) -> list[list[float]]:
+    lines = (run_dir / "rollouts" / f"step-{step:05d}.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward"] for line in lines]
+    return [rewards[start : start + 4] for start in range(0, len(rewards), 4)]
+
+
+def test_groups_without_spread_are_left_out_or_replaced(
+    inputs: Path, tmp_path: Path, main_here: Main
+) -> None:
+    for mode in ("drop", "resample"):
+        options = dict(zero_spread=mode, max_draws=3, steps=3, format_weight=0)
+        code, _, err = main_here(flags(inputs, tmp_path / mode, **options))
+        assert code == 0, err
+        trained_on, sampled = [], []
+        for record in read_metrics(tmp_path / mode)[1:]:
+            groups = groups_of_step(tmp_path / mode, record["step"])
+            with_spread = sum(len(set(group)) > 1 for group in groups)
+            sampled.append(len(groups))
+            trained_on.append(record["rollout/groups_trained_on"])
+            assert trained_on[-1] == min(8, with_spread)
+            # A further draw is made while groups are missing, and not once there are enough.
+            first_draws = sum(len(set(group)) > 1 for group in groups[:-8])
+            assert mode == "drop" or first_draws < 8
+        assert any(0 < count < 8 for count in trained_on) or mode == "resample"
+        assert set(sampled) == {8} if mode == "drop" else max(sampled) > 8

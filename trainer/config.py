@@ -87,6 +87,13 @@ class RolloutOptions:
     """Longest completion, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; the loss uses the log-probabilities at this temperature."""
+    zero_spread: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose completions all earned the same, and so have no advantage: train on them all the
+    same, leave them out, or sample further problems until there are --num-prompts groups without
+    them (dynamic sampling of DAPO)."""
+    max_draws: int = 4
+    """Most times that a step with --zero-spread resample samples --num-prompts problems; it makes
+    do with the groups it then has."""
     rows_per_batch: int = 256
     """Completions that transformers decodes together on one rank; bounds the memory of the
     key-value cache."""
@@ -126,6 +133,12 @@ class RolloutOptions:
             raise ValueError(f"--vllm-gpu-memory: expected at most 1, got {self.vllm_gpu_memory}")
         check_at_least("--vllm-timeout", self.vllm_timeout, 0, exclusive=True)
         check_at_least("--vllm-retry", self.vllm_retry, 0)
+        check_at_least("--max-draws", self.max_draws, 1)
+        if self.async_steps and self.zero_spread == "resample":
+            raise ValueError(
+                "--zero-spread: expected keep or drop with --async-steps, whose next problems are "
+                "sampled before these are scored, got resample"
+            )
         on_servers = self.rollout == "vllm-server"
         if on_servers != bool(self.vllm_url):
             raise ValueError(

@@ -82,12 +82,16 @@ class PolicyUpdate:
     def __call__(self, samples: Sequence[UpdateSample], step: int) -> dict[str, float | None]:
         """Makes the step's updates; returns its metrics, means over tokens or over updates.
 
+        A minibatch without samples makes no update, a step without any has no metrics.
+
         Raises:
             NonFiniteError, ParityError: a loss or gradient is not finite, or is not what float64
                 says it is; the weights are those before that update.
 
         Collectives: those of the sharded forward and backward, and a few small ones per update.
         """
+        if not samples:
+            return {}
         old = self._old_logprobs(samples)
         ref = None if self.reference is None else self._logprobs(self.reference, samples)
         options = self.config.optimizer
@@ -97,9 +101,8 @@ class PolicyUpdate:
             for part in range(options.minibatches):
                 bounds = [len(order) * edge // options.minibatches for edge in (part, part + 1)]
                 number = (epoch * options.minibatches) + part
-                per_update.append(
-                    self._update(samples, order[slice(*bounds)], old, ref, step, number)
-                )
+                if chosen := order[slice(*bounds)]:
+                    per_update.append(self._update(samples, chosen, old, ref, step, number))
         return _mean_over_updates(per_update)
 
     def _old_logprobs(self, samples: Sequence[UpdateSample]) -> list[np.ndarray] | None:

@@ -58,7 +58,7 @@ class RolloutBuffer:
         write_atomically(self._path(step), f"{header}\n{body}")
 
     def read(
-        self, step: int, weights: str, problems: Callable[[], Sequence[Problem]]
+        self, step: int, weights: str, problems: Callable[[int], Sequence[Problem]]
     ) -> list[list[ScoredCompletion]] | None:
         """The completions an earlier start kept for a step, on every rank; None if there are none.
 
@@ -66,7 +66,7 @@ class RolloutBuffer:
 
         Args:
             weights: checksum of the policy's weights now.
-            problems: makes the problems of the step, in order.
+            problems: makes so many problems of the step, in order.
 
         Collectives: one broadcast.
         """
@@ -85,7 +85,7 @@ class RolloutBuffer:
                 for later in self._steps(at_least=step):
                     self._drop(self._path(later), "was sampled from other weights")
             else:
-                at_hand = problems()
+                at_hand = problems(len(body["problem_ids"]))
                 if body["problem_ids"] == [problem.problem_id for problem in at_hand]:
                     return _decode(at_hand, body["groups"])
                 self._drop(path, "has other problems")

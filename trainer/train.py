@@ -22,7 +22,7 @@ import transformers
 import kernels
 from trainer.checkpoints import CheckpointStore, step_of
 from trainer.command_line import parse_command_line
-from trainer.config import TrainConfig, UsageError
+from trainer.config import RolloutOptions, TrainConfig, UsageError
 from trainer.evaluation import evaluate
 from trainer.fsdp import (
     MainRankFailedError,
@@ -78,13 +78,15 @@ def train(run: Run) -> None:
         stop_if_asked(run)
         run.sampler.release_memory()
         with clock.phase("update"):
-            update_metrics = policy_update(with_advantages(scored_PG, config), step)
+            chosen_PG = chosen_groups(scored_PG, config.rollout)
+            update_metrics = policy_update(with_advantages(chosen_PG, config), step)
             reset_reference_if_due(run, step)
-        run.completed, run.drawn = step, run.drawn + config.rollout.num_prompts
+        run.completed, run.drawn = step, run.drawn + len(scored_PG)
         with clock.phase("sync"):
             run.sync_sampler()
         metrics = sample_metrics(scored_PG) | clock.metrics(count_tokens(scored_PG))
         metrics["rollout/weights_age"] = weights_age(scored_PG, step)
+        metrics["rollout/groups_trained_on"] = float(len(chosen_PG))
         evaluate_and_log(run, step, metrics | update_metrics, scored_PG)
         if not config.rollout.async_steps:
             save_if_due(run)
@@ -103,12 +105,14 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times its block under the name; an allocation that fails there is one of the phase."""
+        """Adds the time of its block to that of the name; an allocation that fails there is one of
+        the phase."""
         self.log.phase(name)
         started = time.perf_counter()
         with self.memory.phase(name):
             yield
-        self.seconds[f"seconds/{name}"] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds[f"seconds/{name}"] = self.seconds.get(f"seconds/{name}", 0.0) + seconds
 
     def metrics(self, tokens: int) -> dict[str, float | None]:
         """The seconds, and the rate of completion tokens over all phases."""
@@ -118,28 +122,35 @@ class PhaseClock:
 def scored_step(run: Run, step: int, clock: PhaseClock) -> list[list[ScoredCompletion]]:
     """Completions of the step's problems with their rewards, on every rank: those that an earlier
     start left, or new ones."""
-    weights, places = run.weights_checksum(), range(run.config.rollout.num_prompts)
+    weights, options = run.weights_checksum(), run.config.rollout
     with clock.phase("rollout"):
         kept_PG = run.buffer.read(
-            step, weights, lambda: [run.source.problem(run.drawn + place) for place in places]
+            step, weights, lambda count: [run.source.problem(run.drawn + i) for i in range(count)]
         )
-        if kept_PG is None:
-            scoring, completions_PG = sample_step(run, step)
-        start_next_step(run, step)
-    with clock.phase("score"):
         if kept_PG is not None:
-            return kept_PG
-        scored_PG = gather_in_order(run.world, scoring.finish(completions_PG))
+            start_next_step(run, step)
+    if kept_PG is not None:
+        return kept_PG
+    scored_PG: list[list[ScoredCompletion]] = []
+    for draw in range(options.max_draws if options.zero_spread == "resample" else 1):
+        with clock.phase("rollout"):
+            scoring, completions_PG = sample_step(run, step, draw)
+            start_next_step(run, step)
+        with clock.phase("score"):
+            scored_PG += gather_in_order(run.world, scoring.finish(completions_PG))
+        if len(chosen_groups(scored_PG, options)) == options.num_prompts:
+            break
+    with clock.phase("score"):
         require_finite_logprobs(scored_PG, step)
         run.buffer.drop_up_to(run.store.needed_from())
         run.buffer.write(step, weights, scored_PG)
     return scored_PG
 
 
-def sample_step(run: Run, step: int) -> tuple[Scoring, list[list[Completion]]]:
-    """Completions of this rank's problems of the step from the current policy, and their scoring,
-    which goes on meanwhile."""
-    problems, options = step_problems(run, step), step_options(run, step)
+def sample_step(run: Run, step: int, draw: int) -> tuple[Scoring, list[list[Completion]]]:
+    """Completions of this rank's problems of a draw of the step from the current policy, and their
+    scoring, which goes on meanwhile."""
+    problems, options = step_problems(run, step, draw), step_options(run, step, draw)
     scoring = Scoring(run.prompter, problems)
     completions_PG = rollout(run.sampler, run.prompter, problems, **options, on_group=scoring.add)
     return scoring, completions_PG
@@ -151,19 +162,19 @@ def start_next_step(run: Run, step: int) -> None:
     is_last = step == run.config.optimizer.steps
     if run.config.rollout.async_steps and not is_last:
         assert isinstance(run.sampler, ServerSampler)
-        problems, options = step_problems(run, step + 1), step_options(run, step + 1)
+        problems, options = step_problems(run, step + 1, 0), step_options(run, step + 1, 0)
         start_rollout(run.sampler, run.prompter, problems, **options)
 
 
-def step_problems(run: Run, step: int) -> list[Problem]:
-    """This rank's problems of a step that is still to be made."""
+def step_problems(run: Run, step: int, draw: int) -> list[Problem]:
+    """This rank's problems of a draw of a step that is still to be made."""
     num_prompts = run.config.rollout.num_prompts
-    first = run.drawn + (step - run.completed - 1) * num_prompts
+    first = run.drawn + (step - run.completed - 1 + draw) * num_prompts
     return [run.source.problem(first + place) for place in run.world.shard(range(num_prompts))]
 
 
-def step_options(run: Run, step: int) -> RolloutArguments:
-    """How the completions of a step are sampled."""
+def step_options(run: Run, step: int, draw: int) -> RolloutArguments:
+    """How the completions of a draw of a step are sampled."""
     options = run.config.rollout
     places = run.world.shard(range(options.num_prompts))
     return {
@@ -171,8 +182,24 @@ def step_options(run: Run, step: int) -> RolloutArguments:
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "stream": (run.config.seed, "rollout", step),
-        "first_prompt": places[0] if places else 0,
+        "first_prompt": draw * options.num_prompts + (places[0] if places else 0),
     }
+
+
+def chosen_groups(
+    scored_PG: Sequence[Sequence[ScoredCompletion]], options: RolloutOptions
+) -> list[Sequence[ScoredCompletion]]:
+    """The groups to train on, by `--zero-spread`; at most --num-prompts of them.
+
+    Source: dynamic sampling, DAPO (2503.14476), section 3.2.
+    """
+
+    def has_spread(group: Sequence[ScoredCompletion]) -> bool:
+        totals = {one.reward.total for one in group if one.reward.total is not None}
+        return len(totals) > 1
+
+    chosen_PG = [each for each in scored_PG if options.zero_spread == "keep" or has_spread(each)]
+    return chosen_PG[: options.num_prompts]
 
 
 def with_advantages(
@@ -181,6 +208,8 @@ def with_advantages(
     """All completions with their advantages, relative to whole groups however the update splits
     them; one without a reward is masked, and its group goes without it."""
     scored = [one for group in scored_PG for one in group]
+    if not scored:
+        return []
     totals = [one.reward.total for one in scored]
     advantages_S = kernels.group_advantages(
         torch.tensor([math.nan if total is None else total for total in totals]),
