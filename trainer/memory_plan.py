@@ -195,6 +195,7 @@ def _sampler_parts(
     options, evaluation, on_cpu = config.rollout, config.evaluation, device == "cpu"
     if options.rollout == "vllm":
         yield from _vllm_parts(sizes, config, device, device_bytes)
+    if options.rollout != "transformers":
         return
     completions = max(
         -(-options.num_prompts // ranks) * options.group_size,
