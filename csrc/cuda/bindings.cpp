@@ -10,12 +10,12 @@ using namespace onepass;
 namespace {
 
 void bind_arguments(py::module_& module) {
-  py::class_<Numbers>(module, "Numbers")
+  py::class_<Numbers>(module, "Numbers", py::module_local())
       .def(py::init([](uintptr_t data, bool is_double) {
              return Numbers{pointer<const void>(data), is_double};
            }),
            py::arg("data"), py::arg("is_double"));
-  py::class_<Stream>(module, "Stream")
+  py::class_<Stream>(module, "Stream", py::module_local())
       .def(py::init([](int device, uintptr_t handle) {
              return Stream{device, handle};
            }),
