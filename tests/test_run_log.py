@@ -83,6 +83,7 @@ def test_step_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
         "length": 1,
         "finish_reason": "stop",
         "mean_logprob": -0.5,
+        "weights_step": None,
     }
 
 
