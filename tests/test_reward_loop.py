@@ -19,7 +19,7 @@ from trainer.config import (
 from trainer.fsdp import World
 from trainer.packing import UpdateSample
 from trainer.policy import Policy
-from trainer.policy_update import PolicyUpdate, make_optimizer
+from trainer.policy_update import PolicyUpdate
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import Reward
 from trainer.rollout import Completion
@@ -29,6 +29,7 @@ from trainer.tasks import Problem
 from trainer.templates import template_by_name
 from trainer.testing import bigram_model, bigram_tokenizer
 from trainer.train import with_advantages
+from trainer.weight_update import make_optimizer
 
 TINY = template_by_name("tiny")
 FIVE = Problem(problem_id="five", question="2 + 3", answer="5")
@@ -191,7 +192,9 @@ def test_masked_sample_has_no_part_in_the_update(aggregation: str) -> None:
             )
         ]
         world = World(rank=0, size=1, device=torch.device("cpu"))
-        update = PolicyUpdate(policy, reference, make_optimizer(policy, config), config, world)
+        update = PolicyUpdate(
+            policy, reference, make_optimizer(policy, config.optimizer), config, world
+        )
         metrics = update(samples, 1)
         assert math.isfinite(metrics["loss"] or 0.0)
         return [weight.detach() for _, weight in policy.weights()]

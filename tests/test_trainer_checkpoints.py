@@ -30,9 +30,9 @@ from trainer.config import ShardingOptions
 from trainer.fsdp import World, full_tensors, weights_checksum
 from trainer.model_loading import load_model, open_model, read_weights, stored_files
 from trainer.policy import Policy
-from trainer.policy_update import make_optimizer
 from trainer.presets import PRESETS
 from trainer.testing import bigram_model, bigram_tokenizer
+from trainer.weight_update import make_optimizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CONFIG = PRESETS["r1-zero-tiny"][1]
@@ -54,7 +54,7 @@ def train(policy: Policy, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 def trained_policy(steps: int = 3) -> tuple[Policy, torch.optim.Optimizer]:
     policy = Policy(bigram_model(noise=0.1))
-    optimizer = make_optimizer(policy, CONFIG)
+    optimizer = make_optimizer(policy, CONFIG.optimizer)
     train(policy, optimizer, range(steps))
     return policy, optimizer
 
@@ -118,7 +118,9 @@ def test_model_with_regrouped_weights_is_saved_as_its_own_files_are(
     model = tiny_mixtral()
     model.save_pretrained(tmp_path / "expected")
     policy = Policy(model)
-    store.save(state_of(1), policy, make_optimizer(policy, CONFIG), None, bigram_tokenizer())
+    store.save(
+        state_of(1), policy, make_optimizer(policy, CONFIG.optimizer), None, bigram_tokenizer()
+    )
     store.wait()
     ours = load_file(store.path(1) / "model" / "model.safetensors")
     theirs = load_file(tmp_path / "expected" / "model.safetensors")

@@ -30,9 +30,9 @@ from trainer.memory_check import host_bytes_free, is_out_of_memory, peak_bytes, 
 from trainer.memory_plan import MemoryPlan, plan_memory
 from trainer.packing import UpdateSample, pack_tokens
 from trainer.policy import Policy
-from trainer.policy_update import make_optimizer
 from trainer.presets import PRESETS
 from trainer.rollout.transformers_sampler import GrowingLayer
+from trainer.weight_update import make_optimizer
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)
@@ -93,7 +93,7 @@ def real_model(name: str) -> LlamaForCausalLM:
 
 def test_weights_gradients_and_optimizer_are_those_of_a_step(name: str) -> None:
     policy = Policy(real_model(name))
-    optimizer = make_optimizer(policy, config())
+    optimizer = make_optimizer(policy, config().optimizer)
     policy(
         pack_tokens(SAMPLES, CPU), lambda hidden, weight, bias: hidden @ weight.T
     ).sum().backward()

@@ -18,15 +18,11 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.fsdp import World
-from trainer.packing import UpdateSample, pack_targets, pack_tokens
+from trainer.packing import MicroBatch, UpdateSample, pack_targets, pack_tokens
 from trainer.policy import Policy
-from trainer.policy_update import (
-    PolicyUpdate,
-    _MicroBatch,
-    make_optimizer,
-    scheduled_learning_rate,
-)
+from trainer.policy_update import PolicyUpdate
 from trainer.testing import WORDS, bigram_model
+from trainer.weight_update import make_optimizer, scheduled_learning_rate
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 PROMPTS = [[2, 11, 8, 12, 3], [3], [2, 2, 3]]
@@ -72,7 +68,7 @@ def make_update(
 ) -> PolicyUpdate:
     policy = Policy(model)
     frozen = None if reference is None else Policy(reference).requires_grad_(False)
-    return PolicyUpdate(policy, frozen, make_optimizer(policy, config), config, ALONE)
+    return PolicyUpdate(policy, frozen, make_optimizer(policy, config.optimizer), config, ALONE)
 
 
 def sequence_logprobs(model: LlamaForCausalLM, one: UpdateSample) -> Tensor:
@@ -228,10 +224,13 @@ def test_learning_rate_rises_over_the_warm_up() -> None:
 def test_learning_rate_falls_by_the_schedule() -> None:
     def rates(schedule: str) -> list[float]:
         options = OptimizerOptions(
-            steps=5, minibatches=2, warmup_updates=2, learning_rate=1.0, schedule=schedule,
-            min_learning_rate=0.2,
+            steps=5, minibatches=2, warmup_updates=2, learning_rate=1.0, schedule=schedule
         )  # fmt: skip
-        return [scheduled_learning_rate(options, update) for update in range(1, 11)]
+        assert options.updates == 10
+        return [
+            scheduled_learning_rate(options, update, updates=10, least=0.2)
+            for update in range(1, 11)
+        ]
 
     assert rates("linear") == pytest.approx([0.5, 1.0, *np.linspace(1.0, 0.2, 9)[1:]])
     assert rates("cosine")[5] == pytest.approx(0.6) and rates("cosine")[-1] == pytest.approx(0.2)
@@ -240,7 +239,7 @@ def test_learning_rate_falls_by_the_schedule() -> None:
 
 def test_rank_without_samples_has_no_gradient() -> None:
     update = make_update(make_config(LossOptions(loss="dr_grpo")), bigram_model())
-    nothing = _MicroBatch(own=[None], head=[None], rows_of_ranks=[1])
+    nothing = MicroBatch(own=[None], head=[None], rows_of_ranks=[1])
     result = update._backward(SAMPLES, nothing, None, None, 10, 4)
     assert result.loss.item() == 0.0
     assert all(not weight.grad.any() for weight in update.policy.parameters())

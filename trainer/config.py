@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 import tyro
 
@@ -281,47 +281,68 @@ class LossOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerOptions:
+class UpdateOptions:
     """The updates: AdamW (betas 0.9, 0.95); the learning rate rises linearly, then follows a
     schedule."""
 
-    steps: int = 150
-    """Steps of the run; one step is one rollout and its updates."""
     learning_rate: float = 1e-4
     """Learning rate after the warm-up."""
     warmup_updates: int = 0
     """Optimizer updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate goes to --min-learning-rate over the updates after the warm-up."""
-    min_learning_rate: float = 0.0
-    """Learning rate at the end of the run, unless the schedule is constant."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    micro_batch_tokens: int = 16384
+    """Tokens, prompts included, of one forward and backward on one rank; bounds activation
+    memory."""
+
+    def __post_init__(self) -> None:
+        check_at_least("--micro-batch-tokens", self.micro_batch_tokens, 1)
+        for name in ("learning_rate", "warmup_updates", "weight_decay"):
+            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        check_at_least("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
+
+    def check_min_learning_rate(self, value: float | None) -> None:
+        """Raises ValueError unless `value` is None, or from 0 to the learning rate."""
+        check_at_least("--min-learning-rate", value, 0)
+        if value is not None and value > self.learning_rate:
+            raise ValueError(
+                f"--min-learning-rate: expected at most --learning-rate = {self.learning_rate}, "
+                f"got {value}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions(UpdateOptions):
+    """The updates: AdamW (betas 0.9, 0.95); the learning rate rises linearly, then follows a
+    schedule."""
+
+    steps: int = 150
+    """Steps of the run; one step is one rollout and its updates."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the run, unless the schedule is constant."""
     minibatches: int = 1
     """Optimizer updates per rollout and epoch; completions are split over them at random."""
     inner_epochs: int = 1
     """Passes over each rollout."""
-    micro_batch_tokens: int = 16384
-    """Tokens, prompts included, of one forward and backward on one rank; bounds activation
-    memory."""
     reference_reset_every: int | None = None
     """Replace the reference model by the policy every so many steps; None keeps the starting
     model."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "minibatches", "inner_epochs", "micro_batch_tokens"):
+        UpdateOptions.__post_init__(self)
+        for name in ("steps", "minibatches", "inner_epochs"):
             check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
-        for name in ("learning_rate", "min_learning_rate", "warmup_updates", "weight_decay"):
-            check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 0)
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"--min-learning-rate: expected at most --learning-rate = {self.learning_rate}, "
-                f"got {self.min_learning_rate}"
-            )
-        check_at_least("--max-grad-norm", self.max_grad_norm, 0, exclusive=True)
+        self.check_min_learning_rate(self.min_learning_rate)
         check_at_least("--reference-reset-every", self.reference_reset_every, 1)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the run."""
+        return self.steps * self.minibatches * self.inner_epochs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,8 +399,11 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """One run of the R1-Zero loop."""
+class RunConfig:
+    """What the config of every kind of training run has."""
+
+    extended_by: ClassVar[str]
+    """The field whose value may grow from one start of a run to the next."""
 
     preset: Annotated[str, tyro.conf.Suppress]
     """Name of the preset the run started from."""
@@ -396,65 +420,25 @@ class TrainConfig:
     """Type of the computation; weights are always updated in float32. A CPU without instructions
     for bfloat16 is a hundred times slower with it."""
     backend: str = "auto"
-    """Backend of kernels.policy_loss: auto, reference, cpp, triton or cuda."""
-    parity_every: int = 20
-    """Steps between checks of a micro-batch's loss and gradient against float64, from the first on;
-    an error beyond rounding stops the run. 0: none."""
+    """Backend of the kernels: auto, reference, cpp, triton or cuda."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """What follows when the memory planned for the run is not there; off plans nothing."""
     cpu_threads: int | None = None
     """Threads of each process on the CPU; None leaves it to torch."""
     cache_dir: Path = Path("~/.cache/onepass-rl")
     """Where the embedded models are kept between runs."""
-    data: DataOptions = field(default_factory=DataOptions)
-    rollout: RolloutOptions = field(default_factory=RolloutOptions)
-    reward: RewardOptions = field(default_factory=RewardOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     sharding: ShardingOptions = field(default_factory=ShardingOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
         check_at_least("--seed", self.seed, 0)
-        check_at_least("--parity-every", self.parity_every, 0)
         check_at_least("--cpu-threads", self.cpu_threads, 1)
-        longest = self.rollout.max_new_tokens
-        if self.reward.overlong_tokens(longest) > longest:
-            raise ValueError(
-                f"--overlong-buffer: expected at most --max-new-tokens = {longest}, "
-                f"got {self.reward.overlong_buffer}"
-            )
-        completions = self.rollout.num_prompts * self.rollout.group_size
-        if self.optimizer.minibatches > completions:
-            raise ValueError(
-                f"--minibatches: expected at most num_prompts * group_size = {completions}, "
-                f"got {self.optimizer.minibatches}"
-            )
-        if self.optimizer.reference_reset_every is not None and not self.loss_spec.kl_weight:
-            raise ValueError("--reference-reset-every: expected --kl-weight above 0 with it, got 0")
 
     @property
     def run_folder(self) -> Path:
         """The run directory, absolute."""
         folder = self.run_dir or Path("runs") / f"{self.preset}-seed{self.seed}"
         return folder.expanduser().absolute()
-
-    @property
-    def loss_spec(self) -> LossSpec:
-        """The loss of every update."""
-        return self.loss.spec(max_tokens=self.rollout.max_new_tokens)
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether every update is made by the policy that sampled its completions."""
-        return self.optimizer.minibatches == 1 and self.optimizer.inner_epochs == 1
-
-    @property
-    def old_is_sampler(self) -> bool:
-        """Whether ratios are relative to the weights that sampled, one step older than those before
-        the update; a sampler correction takes care of that step otherwise."""
-        return self.rollout.async_steps > 0 and self.loss_spec.sampler_correction == "none"
 
     def to_json(self) -> str:
         """The whole config as JSON text; `from_json` reads it back."""
@@ -479,6 +463,57 @@ class TrainConfig:
             else:
                 flat[option.name] = value
         return flat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """One run of the R1-Zero loop."""
+
+    extended_by: ClassVar[str] = "steps"
+
+    parity_every: int = 20
+    """Steps between checks of a micro-batch's loss and gradient against float64, from the first on;
+    an error beyond rounding stops the run. 0: none."""
+    data: DataOptions = field(default_factory=DataOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        check_at_least("--parity-every", self.parity_every, 0)
+        longest = self.rollout.max_new_tokens
+        if self.reward.overlong_tokens(longest) > longest:
+            raise ValueError(
+                f"--overlong-buffer: expected at most --max-new-tokens = {longest}, "
+                f"got {self.reward.overlong_buffer}"
+            )
+        completions = self.rollout.num_prompts * self.rollout.group_size
+        if self.optimizer.minibatches > completions:
+            raise ValueError(
+                f"--minibatches: expected at most num_prompts * group_size = {completions}, "
+                f"got {self.optimizer.minibatches}"
+            )
+        if self.optimizer.reference_reset_every is not None and not self.loss_spec.kl_weight:
+            raise ValueError("--reference-reset-every: expected --kl-weight above 0 with it, got 0")
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """The loss of every update."""
+        return self.loss.spec(max_tokens=self.rollout.max_new_tokens)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update is made by the policy that sampled its completions."""
+        return self.optimizer.minibatches == 1 and self.optimizer.inner_epochs == 1
+
+    @property
+    def old_is_sampler(self) -> bool:
+        """Whether ratios are relative to the weights that sampled, one step older than those before
+        the update; a sampler correction takes care of that step otherwise."""
+        return self.rollout.async_steps > 0 and self.loss_spec.sampler_correction == "none"
 
 
 def _from_dict(kind: type[Any], values: dict[str, Any]) -> Any:

@@ -9,18 +9,17 @@ allocation that fails into one sentence, and writes the measured peak beside the
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
-from trainer.config import TrainConfig, UsageError
+from trainer.config import RunConfig, UsageError
 from trainer.durable import write_atomically
 from trainer.fsdp import World, gather_in_order
-from trainer.memory_plan import MemoryPart, MemoryPlan, plan_memory
+from trainer.memory_plan import MemoryPart, MemoryPlan
 from trainer.run_log import RunLog
 
 PLAN_FILE = "memory_plan.json"
@@ -106,14 +105,18 @@ class RunMemory:
 
 
 def check_memory(
-    model_config: PretrainedConfig,
-    config: TrainConfig,
+    config: RunConfig,
     world: World,
     log: RunLog,
-    *,
-    prompt_tokens: int,
+    make_plan: Callable[[int | None], MemoryPlan],
 ) -> RunMemory:
     """Plans the memory of the run, prints the plan and compares it with the memory there is.
+
+    Args:
+        config: of the run.
+        world: its ranks.
+        log: gets the plan.
+        make_plan: the plan, by the memory of a GPU; None on a CPU.
 
     Raises:
         UsageError: it cannot fit, unless `--memory-check` allows that.
@@ -123,14 +126,7 @@ def check_memory(
         return RunMemory(plan=None, world=world, folder=folder, start_bytes=start_bytes)
     on_gpu = world.device.type == "cuda"
     free, total = torch.cuda.mem_get_info(world.device) if on_gpu else (None, None)
-    plan = plan_memory(
-        model_config,
-        config,
-        ranks=world.size,
-        device=world.device.type,
-        device_bytes=total,
-        prompt_tokens=prompt_tokens,
-    )
+    plan = make_plan(total)
     log.message(plan_table(plan))
     if world.is_main:
         _write_plan(folder, plan)

@@ -12,27 +12,34 @@ import torch
 from torch import Tensor
 
 from trainer.attention import Packing
+from trainer.fsdp import World
 
 IGNORED_TOKEN = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateSample:
-    """One completion as the update needs it."""
+class TokenSequence:
+    """A prompt and a completion to be learned from."""
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] | np.ndarray
     token_ids: np.ndarray
     """int64 `[n]`, the completion."""
-    sampler_logprobs: np.ndarray
-    """float32 `[n]`."""
-    advantage: float
-    masked: bool = False
-    """Its tokens are left out of the loss; as a sequence it counts on."""
 
     @property
     def num_positions(self) -> int:
         """Positions of its forward pass alone; the last token is only ever a target."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSample(TokenSequence):
+    """One completion as the update needs it."""
+
+    sampler_logprobs: np.ndarray
+    """float32 `[n]`."""
+    advantage: float
+    masked: bool = False
+    """Its tokens are left out of the loss; as a sequence it counts on."""
 
 
 # Stands in where a rank has no sample, for the collectives of the sharded model alone.
@@ -65,6 +72,18 @@ class PackedTargets:
     sampler_logprobs_N: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Indices of samples, None where a rank has none."""
+
+    own: list[int | None]
+    """What this rank takes through the model."""
+    head: list[int | None]
+    """What it takes through the head: with a sharded head the samples of all ranks, in order."""
+    rows_of_ranks: list[int]
+    """Completion tokens of each rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """Samples with the same prompt that stay together, so that its positions are there once."""
@@ -75,7 +94,7 @@ class _Unit:
 
 
 def plan_micro_batches(
-    samples: Sequence[UpdateSample], num_ranks: int, budget_tokens: int
+    samples: Sequence[TokenSequence], num_ranks: int, budget_tokens: int
 ) -> list[list[list[int]]]:
     """Deals samples out to ranks, and each share to micro-batches, alike in positions.
 
@@ -105,7 +124,43 @@ def plan_micro_batches(
     return [[[index for unit in part for index in unit.indices] for part in plan] for plan in plans]
 
 
-def _units(samples: Sequence[UpdateSample], most: int) -> list[_Unit]:
+def micro_batches_of_rank(
+    samples: Sequence[TokenSequence],
+    chosen: Sequence[int],
+    world: World,
+    budget_tokens: int,
+    *,
+    shares_head: bool,
+) -> list[MicroBatch]:
+    """This rank's part of `plan_micro_batches` for the chosen samples.
+
+    Args:
+        samples: what the indices count.
+        chosen: indices to be dealt.
+        world: the ranks.
+        budget_tokens: most positions of a micro-batch.
+        shares_head: the head of the model is sharded over the vocabulary.
+    """
+    plans = plan_micro_batches([samples[index] for index in chosen], world.size, budget_tokens)
+    batches = []
+    for parts in zip(*plans, strict=True):
+        of_ranks = [[chosen[place] for place in part] or [None] for part in parts]
+        own = of_ranks[world.rank]
+        everyone = [index for part in of_ranks for index in part]
+        batches.append(
+            MicroBatch(
+                own=own,
+                head=everyone if shares_head else own,
+                rows_of_ranks=[
+                    sum(1 if index is None else len(samples[index].token_ids) for index in part)
+                    for part in of_ranks
+                ],
+            )
+        )
+    return batches
+
+
+def _units(samples: Sequence[TokenSequence], most: int) -> list[_Unit]:
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(samples):
         by_prompt.setdefault(tuple(one.prompt_ids), []).append(index)
@@ -133,7 +188,7 @@ def _deal(units: Sequence[_Unit], parts: int) -> list[list[_Unit]]:
     return dealt
 
 
-def pack_tokens(samples: Sequence[UpdateSample], device: torch.device) -> PackedTokens:
+def pack_tokens(samples: Sequence[TokenSequence], device: torch.device) -> PackedTokens:
     """Each prompt once, followed by its completions without their last tokens."""
     samples = samples or [NO_SAMPLE]
     pieces: list[Sequence[int] | np.ndarray] = []

@@ -7,30 +7,29 @@ what is computed, only its rounding.
 Shapes: N packed completion tokens, D model width, V vocabulary (W this rank's rows of it).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
-from trainer.config import NonFiniteError, OptimizerOptions, TrainConfig
-from trainer.fsdp import World, full_tensor, gather_in_order, gradient_norm, sum_over_ranks
+from trainer.config import TrainConfig
+from trainer.fsdp import World, gather_in_order, sum_over_ranks
 from trainer.packing import (
     NO_SAMPLE,
+    MicroBatch,
     UpdateSample,
+    micro_batches_of_rank,
     pack_targets,
     pack_tokens,
-    plan_micro_batches,
 )
 from trainer.parity import HeadCheck
 from trainer.policy import Policy
 from trainer.seeds import derive_key, derive_shuffle
+from trainer.weight_update import scheduled_learning_rate, update_weights
 
-BETAS = (0.9, 0.95)
 # Metrics of kernels.policy_loss that are means over tokens, under the names they are logged by.
 TOKEN_MEANS = {
     "entropy": "entropy",
@@ -43,18 +42,6 @@ TOKEN_MEANS = {
     "sampler/gap_mean": "sampler/logprob_gap_mean",
     "zero_gradient_fraction": "zero_gradient_fraction",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MicroBatch:
-    """Indices of samples, None where a rank has none."""
-
-    own: list[int | None]
-    """What this rank takes through the model."""
-    head: list[int | None]
-    """What it takes through the head: with a sharded head the samples of all ranks, in order."""
-    rows_of_ranks: list[int]
-    """Completion tokens of each rank."""
 
 
 class PolicyUpdate:
@@ -137,33 +124,31 @@ class PolicyUpdate:
                 sums[0] += result.loss.detach()
                 sums[1:] += means * result.metrics["tokens"]
         loss, *totals = sum_over_ranks(self.world, sums).tolist()
-        norm = gradient_norm(self.policy.parameters())
-        self._require_finite(step, loss, norm)
-        nn.utils.clip_grads_with_norm_(
-            self.policy.parameters(), self.config.optimizer.max_grad_norm, norm
+        updated = update_weights(
+            self.policy,
+            self.optimizer,
+            step=step,
+            loss=loss,
+            learning_rate=self._learning_rate(step, number),
+            max_grad_norm=self.config.optimizer.max_grad_norm,
         )
+        named = zip(TOKEN_MEANS.values(), totals, strict=True)
+        return {**{name: total / tokens for name, total in named}, **parity, **updated}
+
+    def _learning_rate(self, step: int, number: int) -> float:
         options = self.config.optimizer
         per_step = options.minibatches * options.inner_epochs
-        learning_rate = scheduled_learning_rate(options, (step - 1) * per_step + number + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        metrics = {
-            name: total / tokens for name, total in zip(TOKEN_MEANS.values(), totals, strict=True)
-        }
-        return {
-            **metrics,
-            **parity,
-            "loss": loss,
-            "grad_norm": norm.item(),
-            "learning_rate": learning_rate,
-        }
+        return scheduled_learning_rate(
+            options,
+            (step - 1) * per_step + number + 1,
+            updates=options.updates,
+            least=options.min_learning_rate,
+        )
 
     def _backward(
         self,
         samples: Sequence[UpdateSample],
-        batch: _MicroBatch,
+        batch: MicroBatch,
         old: list[np.ndarray] | None,
         ref: list[np.ndarray] | None,
         tokens: int,
@@ -243,29 +228,15 @@ class PolicyUpdate:
         by_index = dict(gather_in_order(self.world, mine))
         return [by_index[index] for index in range(len(samples))]
 
-    def _plan(self, samples: Sequence[UpdateSample], chosen: Sequence[int]) -> list[_MicroBatch]:
+    def _plan(self, samples: Sequence[UpdateSample], chosen: Sequence[int]) -> list[MicroBatch]:
         """This rank's micro-batches of the chosen samples."""
-        plans = plan_micro_batches(
-            [samples[index] for index in chosen],
-            self.world.size,
+        return micro_batches_of_rank(
+            samples,
+            chosen,
+            self.world,
             self.config.optimizer.micro_batch_tokens,
+            shares_head=self.policy.vocab is not None,
         )
-        batches = []
-        for parts in zip(*plans, strict=True):
-            of_ranks = [[chosen[place] for place in part] or [None] for part in parts]
-            own = of_ranks[self.world.rank]
-            everyone = [index for part in of_ranks for index in part]
-            batches.append(
-                _MicroBatch(
-                    own=own,
-                    head=own if self.policy.vocab is None else everyone,
-                    rows_of_ranks=[
-                        sum(len(one.token_ids) for one in _samples(samples, part))
-                        for part in of_ranks
-                    ],
-                )
-            )
-        return batches
 
     def _packed(
         self, per_sample: list[np.ndarray] | None, indices: Sequence[int | None]
@@ -275,47 +246,6 @@ class PolicyUpdate:
         nothing = NO_SAMPLE.sampler_logprobs
         pieces = [nothing if index is None else per_sample[index] for index in indices]
         return torch.from_numpy(np.concatenate(pieces)).to(self.world.device)
-
-    def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
-        loss_is_finite = bool(np.isfinite(loss))
-        if loss_is_finite and bool(torch.isfinite(norm)):
-            return
-        what = f"the loss ({loss})"
-        if loss_is_finite:
-            named = self.policy.weights()
-            names = [name for name, weight in named if self._gradient_is_broken(weight)]
-            what = f"the gradient of {names[0]}" if names else f"the gradient norm ({norm.item()})"
-        raise NonFiniteError(f"step {step}: expected finite values, got {what} before the update")
-
-    def _gradient_is_broken(self, parameter: Tensor) -> bool:
-        gradient = parameter.grad
-        if gradient is None:
-            return False
-        return not bool(torch.isfinite(full_tensor(gradient)).all())
-
-
-def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the policy's parameters, sharded as they are."""
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=BETAS,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-
-
-def scheduled_learning_rate(options: OptimizerOptions, update: int) -> float:
-    """Learning rate of the `update`-th update of the run, from 1."""
-    if update <= options.warmup_updates:
-        return options.learning_rate * update / options.warmup_updates
-    if options.schedule == "constant":
-        return options.learning_rate
-    total = options.steps * options.minibatches * options.inner_epochs
-    done = (update - options.warmup_updates) / max(1, total - options.warmup_updates)
-    left = 1 - done if options.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    least = options.min_learning_rate
-    return least + (options.learning_rate - least) * left
 
 
 def _samples(samples: Sequence[UpdateSample], indices: Sequence[int | None]) -> list[UpdateSample]:

@@ -4,12 +4,13 @@ import fcntl
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from trainer.checkpoints import FOLDER as CHECKPOINTS
 from trainer.checkpoints import MODEL
-from trainer.config import TrainConfig, UsageError
+from trainer.config import RunConfig, UsageError
 from trainer.durable import write_atomically
 from trainer.report import write_report
 from trainer.run_log import METRICS_FILE, read_metrics
@@ -37,7 +38,7 @@ FREE_FIELDS = {
 }
 
 
-def claim_run_folder(config: TrainConfig) -> IO[str]:
+def claim_run_folder(config: RunConfig) -> IO[str]:
     """Makes the directory this run's own and writes its config; the lock holds while the file is
     open.
 
@@ -60,11 +61,16 @@ def claim_run_folder(config: TrainConfig) -> IO[str]:
     return lock
 
 
-def config_fingerprint(config: TrainConfig) -> str:
-    """The same for all configs that may go on with one run, whatever its number of steps."""
+def config_fingerprint(config: RunConfig, data: str = "") -> str:
+    """The same for all configs that may go on with one run, whatever its length.
+
+    Args:
+        data: stands for the content of what the run learns from.
+    """
     kept = {name: value for name, value in config.flat().items() if name not in FREE_FIELDS}
-    kept.pop("steps")
-    return hashlib.sha256(json.dumps(kept, default=str, sort_keys=True).encode()).hexdigest()
+    kept.pop(config.extended_by)
+    text = json.dumps(kept, default=str, sort_keys=True) + data
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _holds_results(folder: Path) -> bool:
@@ -73,31 +79,39 @@ def _holds_results(folder: Path) -> bool:
     return (metrics.exists() and metrics.stat().st_size > 0) or (folder / CHECKPOINTS).exists()
 
 
-def _check_same_run(config: TrainConfig, path: Path) -> None:
+def _check_same_run(config: RunConfig, path: Path) -> None:
     if config.checkpoint.resume == "never":
         raise UsageError(
             f"--resume never: {path.parent} holds a run; remove it or give another --run-dir"
         )
     try:
-        earlier = TrainConfig.from_json(path.read_text()).flat()
+        earlier = type(config).from_json(path.read_text()).flat()
     except (ValueError, TypeError) as error:
         raise UsageError(f"--run-dir: {path} is not a config of this version ({error})") from error
-    given = config.flat()
+    given, length = config.flat(), config.extended_by
     differing = [
         f"{name} ({earlier[name]} there, {given[name]} here)"
         for name in given
-        if name not in FREE_FIELDS and name != "steps" and earlier[name] != given[name]
+        if name not in FREE_FIELDS and name != length and earlier[name] != given[name]
     ]
-    if given["steps"] < earlier["steps"]:
-        differing.append(f"steps ({earlier['steps']} there; they may only be raised)")
+    if given[length] < earlier[length]:
+        differing.append(f"{length} ({earlier[length]} there; they may only be raised)")
     if differing:
         raise UsageError(
             f"--run-dir: {path.parent} holds another run, which differs in {', '.join(differing)}"
         )
 
 
-def finish_run_folder(folder: Path, checkpoint: Path) -> str:
-    """Exports the model, writes the report, and says what came of the run, in a few lines."""
+def finish_run_folder(
+    folder: Path, checkpoint: Path, results: Mapping[str, tuple[str, float, str]]
+) -> str:
+    """Exports the model, writes the report, and says what came of the run, in a few lines.
+
+    Args:
+        folder: the run directory.
+        checkpoint: of the last step.
+        results: metrics whose first and last values are told: name for people, factor, and form.
+    """
     exported = folder / MODEL
     temporary = folder / f".{MODEL}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +119,7 @@ def finish_run_folder(folder: Path, checkpoint: Path) -> str:
     shutil.rmtree(exported, ignore_errors=True)
     temporary.rename(exported)
     write_report(folder)
-    return "\n".join([*_changes(folder), *result_paths(folder)])
+    return "\n".join([*_changes(folder, results), *result_paths(folder)])
 
 
 def result_paths(folder: Path) -> list[str]:
@@ -122,15 +136,11 @@ def is_finished(folder: Path) -> bool:
     return (folder / MODEL).is_dir() and (folder / "report.html").is_file()
 
 
-def _changes(folder: Path) -> list[str]:
-    evaluations = [line for line in read_metrics(folder) if line.get("eval/pass@1") is not None]
-    first, last = evaluations[0], evaluations[-1]
-    lines = []
-    for label, name, factor, form in (
-        ("held-out pass@1", "eval/pass@1", 100.0, "{:.1f} %"),
-        ("held-out cons@k", "eval/cons@k", 100.0, "{:.1f} %"),
-        ("response length", "eval/length/mean", 1.0, "{:.1f} tokens"),
-    ):
-        ends = [form.format(factor * (line[name] or 0.0)) for line in (first, last)]
-        lines.append(f"{label}  {ends[0]} -> {ends[1]}")
+def _changes(folder: Path, results: Mapping[str, tuple[str, float, str]]) -> list[str]:
+    records, lines = read_metrics(folder), []
+    for name, (label, factor, form) in results.items():
+        values = [record[name] for record in records if record.get(name) is not None]
+        if values:
+            first, last = (form.format(factor * value) for value in (values[0], values[-1]))
+            lines.append(f"{label}  {first} -> {last}")
     return lines

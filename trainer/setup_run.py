@@ -7,17 +7,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kernels
-from trainer.checkpoints import (
-    MODEL,
-    CheckpointStore,
-    RunState,
-    restore_optimizer,
-    restore_reference,
-    step_of,
-)
-from trainer.config import TrainConfig, UsageError
-from trainer.fsdp import World, from_main_rank, full_tensors, weights_checksum
-from trainer.memory_check import RunMemory, check_memory
+from trainer.checkpoints import MODEL, CheckpointStore, step_of
+from trainer.config import RunConfig, TrainConfig, UsageError
+from trainer.fsdp import World, from_main_rank, full_tensors
+from trainer.memory_check import check_memory
+from trainer.memory_plan import plan_memory
 from trainer.model_loading import (
     load_model,
     load_tokenizer,
@@ -27,7 +21,6 @@ from trainer.model_loading import (
     stored_files,
 )
 from trainer.policy import Policy
-from trainer.policy_update import make_optimizer
 from trainer.problem_source import ListedProblems, ProblemSource, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
@@ -44,37 +37,20 @@ from trainer.stop_signal import StopSignal
 from trainer.stored_tensors import StoredTensors
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
+from trainer.training_run import TrainingRun
+from trainer.weight_update import make_optimizer
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class Run(TrainingRun):
     """Everything the loop works with."""
 
     config: TrainConfig
-    world: World
     source: ProblemSource
     held_out: list[Problem]
     prompter: Prompter
     sampler: Sampler
-    policy: Policy
-    reference: Policy | None
-    optimizer: torch.optim.Optimizer
-    store: CheckpointStore
     buffer: RolloutBuffer
-    log: RunLog
-    memory: RunMemory
-    stop: StopSignal
-    completed: int
-    """Steps made so far, those of earlier starts included."""
-    drawn: int
-    """Problems taken from the source by those steps."""
-    saved: int
-    """Step of the newest checkpoint, 0 for none."""
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether what happens every so many steps (0: never), and at the last, happens at this
-        one."""
-        return step == self.config.optimizer.steps or (every > 0 and step % every == 0)
 
     def sync_sampler(self) -> None:
         """Gives the sampler the weights that the policy has after the last completed step."""
@@ -82,32 +58,6 @@ class Run:
         self.sampler.load_weights(
             lambda: full_tensors(self.policy.weights(), dtype=dtype), self.completed
         )
-
-    def weights_checksum(self) -> str:
-        """Of the policy, as it is now."""
-        return weights_checksum(self.world, self.policy.weights())
-
-    def save(self) -> None:
-        """Starts to save the last completed step, unless it is saved already or there is none."""
-        if self.saved == self.completed:
-            return
-        state = RunState(
-            step=self.completed,
-            problems=self.drawn,
-            log_bytes=self.log.sync(),
-            sampler_step=self.completed,
-            weights=self.weights_checksum(),
-            config=config_fingerprint(self.config),
-        )
-        waited = self.store.save(
-            state, self.policy, self.optimizer, self.reference, self.prompter.tokenizer
-        )
-        if waited:
-            self.log.message(
-                f"the checkpoint of step {self.completed} waited {waited:.1f} s until the one "
-                f"before was written"
-            )
-        self.saved = self.completed
 
 
 def start_run(
@@ -118,10 +68,10 @@ def start_run(
     Raises:
         UsageError: a model, tokenizer, template, data set or backend that cannot be used.
     """
-    _check_backend(config.backend)
+    check_backend(config.backend)
     # Refused before the minutes that loading may take.
     check_rewards(config.reward)
-    template = _template(config.template)
+    template = named_template(config.template)
     source, held_out = open_problems(config.data, config.seed)
     log = RunLog(
         config.run_folder,
@@ -129,18 +79,24 @@ def start_run(
         rank=world.rank,
         resume_step=None if checkpoint is None else step_of(checkpoint),
     )
-    start = from_main_rank(world, lambda: _start_of_weights(config, checkpoint, log))
+    start = from_main_rank(world, lambda: start_of_weights(config, checkpoint, log))
     tokenizer = load_tokenizer(start)
     model, stored = open_model(start, report=log.message)
-    _check_vocabulary(tokenizer, model)
-    template = _for_tokenizer(template, tokenizer)
+    check_vocabulary(tokenizer, model)
+    template = template_for_tokenizer(template, tokenizer)
     prompts = [template.prompt_ids(problem.question, tokenizer) for problem in held_out]
     memory = check_memory(
-        model.config,
         config,
         world,
         log,
-        prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
+        lambda device_bytes: plan_memory(
+            model.config,
+            config,
+            ranks=world.size,
+            device=world.device.type,
+            device_bytes=device_bytes,
+            prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
+        ),
     )
     listed = source.problems if isinstance(source, ListedProblems) else []
     scorer = Scorer(
@@ -155,16 +111,17 @@ def start_run(
         tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
     )
     sampler = _make_sampler(config, model, start, tokenizer, template, world, log)
-    policy = _make_policy(model, stored, config, world)
+    policy = make_policy(model, stored, config, world)
     reference = None
     if config.loss_spec.kl_weight:
         model, stored = open_model(start, report=log.message)
-        reference = _make_policy(model, stored, config, world).requires_grad_(False)
-    optimizer = make_optimizer(policy, config)
+        reference = make_policy(model, stored, config, world).requires_grad_(False)
+    optimizer = make_optimizer(policy, config.optimizer)
     completed = 0 if checkpoint is None else step_of(checkpoint)
     run = Run(
         config=config,
         world=world,
+        tokenizer=tokenizer,
         source=source,
         held_out=held_out,
         prompter=prompter,
@@ -178,11 +135,12 @@ def start_run(
         memory=memory,
         stop=StopSignal(),
         completed=completed,
-        drawn=0,
+        fingerprint=config_fingerprint(config),
+        total_steps=config.optimizer.steps,
         saved=completed,
     )
     if checkpoint is not None:
-        _restore(run, checkpoint)
+        run.restore(checkpoint)
     run.sync_sampler()
     return run
 
@@ -235,7 +193,7 @@ def _make_sampler(
     )
 
 
-def _start_of_weights(config: TrainConfig, checkpoint: Path | None, log: RunLog) -> str:
+def start_of_weights(config: RunConfig, checkpoint: Path | None, log: RunLog) -> str:
     """The folder or hub name that the weights are read from; they are on this machine then."""
     if checkpoint is not None:
         return str(checkpoint / MODEL)
@@ -247,8 +205,8 @@ def _start_of_weights(config: TrainConfig, checkpoint: Path | None, log: RunLog)
     return start
 
 
-def _make_policy(
-    model: PreTrainedModel, stored: StoredTensors | None, config: TrainConfig, world: World
+def make_policy(
+    model: PreTrainedModel, stored: StoredTensors | None, config: RunConfig, world: World
 ) -> Policy:
     """A model of `open_model`, sharded; each rank reads its part of the weights."""
     if stored is None:
@@ -261,30 +219,8 @@ def _make_policy(
     return policy
 
 
-def _restore(run: Run, checkpoint: Path) -> None:
-    """Gives a run whose weights are those of the checkpoint the rest of its state.
-
-    Raises:
-        UsageError: the state is that of another run, or of other weights.
-    """
-    state = RunState.read(checkpoint)
-    if state.config != config_fingerprint(run.config):
-        raise UsageError(f"--run-dir: {checkpoint} was saved with other options than these")
-    run.drawn = state.problems
-    restore_optimizer(checkpoint, run.policy, run.optimizer)
-    if run.reference is not None:
-        restore_reference(checkpoint, run.reference)
-    if state.weights != run.weights_checksum():
-        raise UsageError(f"--run-dir: other weights were read from {checkpoint} than were saved")
-    if run.world.is_main and state.log_bytes != run.log.sync():
-        run.log.message(
-            f"warning: metrics.jsonl is not as long as when {checkpoint.name} was saved; its "
-            f"curves may have a gap"
-        )
-    run.log.message(f"going on after step {state.step}")
-
-
-def _check_backend(name: str) -> None:
+def check_backend(name: str) -> None:
+    """Raises UsageError unless the kernels have that backend here."""
     available = kernels.available_backends()
     if name != "auto" and name not in available:
         raise UsageError(f"--backend: expected auto or one of {', '.join(available)}, got {name!r}")
@@ -292,21 +228,32 @@ def _check_backend(name: str) -> None:
         raise UsageError(f"--backend: {name} is not available ({available[name]})")
 
 
-def _template(name: str) -> Template:
+def named_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
     try:
         return template_by_name(name)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
 
 
-def _for_tokenizer(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+def template_for_tokenizer(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template with what depends on the tokenizer.
+
+    Raises:
+        UsageError: they do not go together.
+    """
     try:
         return template.for_tokenizer(tokenizer)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raises UsageError for a tokenizer with more tokens than the model."""
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UsageError(

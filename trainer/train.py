@@ -4,42 +4,29 @@ Sample prompts, roll out, score, compute advantages, update the policy, give the
 weights, evaluate, log, save. Without arguments it runs the embedded default. `start_run` in
 `setup_run.py` makes what the loop works with.
 
-Exit codes: 0 done; 2 a mistake of the caller, in one sentence; 130 interrupted, saved, with the
-command that resumes.
+`training_run.py` holds what is not particular to it, exit codes among them.
 """
 
 import math
-import os
-import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 import torch
-import transformers
 
 import kernels
-from trainer.checkpoints import CheckpointStore, step_of
+from trainer.checkpoints import step_of
 from trainer.command_line import parse_command_line
-from trainer.config import RolloutOptions, TrainConfig, UsageError
+from trainer.config import RolloutOptions, TrainConfig
 from trainer.evaluation import evaluate
-from trainer.fsdp import (
-    MainRankFailedError,
-    any_rank,
-    from_main_rank,
-    gather_in_order,
-    start_world,
-    stop_world,
-)
-from trainer.memory_check import OutOfMemoryError, RunMemory
+from trainer.fsdp import from_main_rank, gather_in_order
 from trainer.packing import UpdateSample
 from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
 from trainer.rollout import Completion
 from trainer.rollout.server_sampler import ServerSampler
-from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths
-from trainer.run_log import RunLog, Sample
+from trainer.run_folder import finish_run_folder
+from trainer.run_log import Sample
 from trainer.samples import (
     RolloutArguments,
     ScoredCompletion,
@@ -51,10 +38,15 @@ from trainer.samples import (
     weights_age,
 )
 from trainer.setup_run import Run, start_run
-from trainer.stop_signal import InterruptedRunError
 from trainer.tasks import Problem
+from trainer.training_run import PhaseClock, exit_code_of, is_complete, open_run
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+# What changed over a run, by metric: its name for people, a factor, and the form of a value.
+RESULTS = {
+    "eval/pass@1": ("held-out pass@1", 100.0, "{:.1f} %"),
+    "eval/cons@k": ("held-out cons@k", 100.0, "{:.1f} %"),
+    "eval/length/mean": ("response length", 1.0, "{:.1f} tokens"),
+}
 
 
 def train(run: Run) -> None:
@@ -74,8 +66,8 @@ def train(run: Run) -> None:
         clock = PhaseClock(run.log, run.memory)
         scored_PG = scored_step(run, step, clock)
         # A checkpoint has to find in the buffer what older weights sampled.
-        save_if_due(run)
-        stop_if_asked(run)
+        run.save_if_due()
+        run.stop_if_asked()
         run.sampler.release_memory()
         with clock.phase("update"):
             chosen_PG = chosen_groups(scored_PG, config.rollout)
@@ -89,34 +81,11 @@ def train(run: Run) -> None:
         metrics["rollout/groups_trained_on"] = float(len(chosen_PG))
         evaluate_and_log(run, step, metrics | update_metrics, scored_PG)
         if not config.rollout.async_steps:
-            save_if_due(run)
-            stop_if_asked(run)
-    save_if_due(run)
+            run.save_if_due()
+            run.stop_if_asked()
+    run.save_if_due()
     run.store.wait()
     run.buffer.drop_up_to(run.completed)
-
-
-class PhaseClock:
-    """Seconds spent in each phase of a step, as metrics."""
-
-    def __init__(self, log: RunLog, memory: RunMemory) -> None:
-        self.log, self.memory = log, memory
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of its block to that of the name; an allocation that fails there is one of
-        the phase."""
-        self.log.phase(name)
-        started = time.perf_counter()
-        with self.memory.phase(name):
-            yield
-        seconds = time.perf_counter() - started
-        self.seconds[f"seconds/{name}"] = self.seconds.get(f"seconds/{name}", 0.0) + seconds
-
-    def metrics(self, tokens: int) -> dict[str, float | None]:
-        """The seconds, and the rate of completion tokens over all phases."""
-        return {**self.seconds, "tokens_per_second": tokens / sum(self.seconds.values())}
 
 
 def scored_step(run: Run, step: int, clock: PhaseClock) -> list[list[ScoredCompletion]]:
@@ -252,12 +221,6 @@ def evaluate_and_log(
         write_page(run.config.run_folder)
 
 
-def save_if_due(run: Run) -> None:
-    """Saves the last completed step, if a checkpoint is due after it and not made."""
-    if run.is_due(run.completed, run.config.checkpoint.save_every):
-        run.save()
-
-
 def reset_reference_if_due(run: Run, step: int) -> None:
     """Makes the policy the new reference, as R1-Zero does every 400 updates."""
     every = run.config.optimizer.reference_reset_every
@@ -270,21 +233,6 @@ def count_tokens(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> int:
     return sum(len(one.completion.token_ids) for group in scored_PG for one in group)
 
 
-def stop_if_asked(run: Run) -> None:
-    """Saves the last completed step and leaves the loop, if any rank got a Ctrl-C.
-
-    Raises:
-        InterruptedRunError: it did.
-        CheckpointError: the last checkpoint could not be written.
-    """
-    run.store.check()
-    if any_rank(run.world, run.stop.requested):
-        run.save()
-        run.store.wait()
-        state = f"saved after step {run.completed}" if run.completed else "no step was complete"
-        raise InterruptedRunError(f"interrupted, {state}")
-
-
 def run_to_the_end(config: TrainConfig) -> None:
     """Starts or continues the run of a config, and leaves its results; says so if it is complete
     already.
@@ -292,22 +240,11 @@ def run_to_the_end(config: TrainConfig) -> None:
     Raises:
         UsageError, InterruptedRunError: see `train`.
     """
-    # A bar for every checkpoint would tear the run's own progress line apart.
-    transformers.utils.logging.disable_progress_bar()
-    world, folder = start_world(config.cpu_threads), config.run_folder
-    with ExitStack() as stack:
-        stack.callback(stop_world)
-        from_main_rank(world, lambda: stack.enter_context(claim_run_folder(config)) and None)
-        store = CheckpointStore(folder, keep=config.checkpoint.keep_checkpoints, world=world)
-        stack.callback(store.close, warn)
-        checkpoint = store.latest(warn)
-        if checkpoint is not None and step_of(checkpoint) >= config.optimizer.steps:
-            if world.is_main and is_finished(folder):
-                print(f"The run is complete, {config.optimizer.steps} steps.")
-                print("\n".join(result_paths(folder)))
-            if from_main_rank(world, lambda: is_finished(folder)):
-                return
-        else:
+    folder, steps = config.run_folder, config.optimizer.steps
+    with open_run(config) as (world, store, checkpoint), ExitStack() as stack:
+        if is_complete(world, folder, checkpoint, steps):
+            return
+        if checkpoint is None or step_of(checkpoint) < steps:
             run = start_run(config, world, store, checkpoint)
             # To the end: vLLM takes the process group with it.
             stack.enter_context(closing(run.sampler))
@@ -315,45 +252,15 @@ def run_to_the_end(config: TrainConfig) -> None:
                 train(run)
                 run.memory.log_peak(run.log)
             checkpoint = store.path(run.completed)
-        summary = from_main_rank(world, lambda: finish_run_folder(folder, checkpoint))
+        last = checkpoint
+        summary = from_main_rank(world, lambda: finish_run_folder(folder, last, RESULTS))
         if world.is_main:
             print(summary)
 
 
-def warn(sentence: str) -> None:
-    """Prints a warning."""
-    print(f"warning: {sentence}", file=sys.stderr)
-
-
-def resume_command(arguments: Sequence[str]) -> str:
-    """The command line that started this process, to be given again."""
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, sys.argv[0], *arguments])
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        run_to_the_end(parse_command_line(arguments))
-    except UsageError as error:
-        # Memory runs out on one rank, which alone can say so.
-        if is_main or isinstance(error, OutOfMemoryError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
-    except MainRankFailedError:
-        return 1
-    except InterruptedRunError as interrupted:
-        if is_main:
-            print(f"{interrupted}; continue with\n  {resume_command(arguments)}", flush=True)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        if is_main:
-            print(f"interrupted; start again with\n  {resume_command(arguments)}", flush=True)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code_of(lambda given: run_to_the_end(parse_command_line(given)), arguments)
 
 
 if __name__ == "__main__":
