@@ -5,7 +5,14 @@ import random
 import pytest
 
 from trainer.rewards import language_consistency
-from trainer.rewards.language import MIN_WORDS, NEUTRAL_CONSISTENCY, SCRIPTS, count_words
+from trainer.rewards.language import (
+    MIN_WORDS,
+    NEUTRAL_CONSISTENCY,
+    ONE_OF_EACH_SCRIPT,
+    SCRIPTS,
+    count_words,
+    language_of,
+)
 
 ENGLISH = "First we add the two numbers, and then we check that the answer is right."
 GERMAN = "Zuerst addieren wir die beiden Zahlen, und dann prüfen wir, ob die Antwort stimmt."
@@ -179,3 +186,21 @@ def test_unknown_target_and_detector_are_refused() -> None:
         language_consistency(ENGLISH, "klingon")
     with pytest.raises(ValueError, match="detector: expected one of script, py3langid"):
         language_consistency(ENGLISH, "en", detector="lingua")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", [name for name in SENTENCES if name != "de"])
+def test_language_of_a_text_is_that_of_most_of_its_words(written: str) -> None:
+    assert language_of(SENTENCES[written]) == written
+    other = SENTENCES["en" if written == "zh" else "zh"]
+    assert language_of(f"{other} {SENTENCES[written]} {SENTENCES[written]}") == written
+
+
+def test_language_of_a_text_without_words_is_none() -> None:
+    for text in ("", "7 + 8 - 4 = ?", "$x = 5$ and".removesuffix("and")):
+        assert language_of(text) is None
+
+
+def test_each_way_of_writing_has_one_language() -> None:
+    written = [SCRIPTS[code] for code in ONE_OF_EACH_SCRIPT]
+    assert len(set(written)) == len(written)
+    assert set(written) == set(SCRIPTS.values())

@@ -131,6 +131,9 @@ def test_language_share_leaves_out_mathematics_and_texts_without_words() -> None
     mixed = language_share("we know that 答案是正确的 because of this")
     assert mixed is not None and 0.3 < mixed < 0.9
     assert language_share("$x = 5$") is None
+    assert language_share(
+        "we know that 答案是正确的 because of this", "几加一得二？"
+    ) == pytest.approx(1 - mixed)
 
 
 def test_lengths_are_split_by_correctness() -> None:

@@ -190,6 +190,22 @@ def test_problem_with_tests_needs_the_sandbox_from_the_start() -> None:
         scorer.score([[program]])
 
 
+def test_target_language_of_each_question_is_its_own() -> None:
+    english = "<think> we add the two numbers and check </think> <answer> 5 </answer>"
+    chinese = "<think> 首先我们计算这两个数的和 </think> <answer> 5 </answer>"
+    expected = {"What is 2 + 3?": [1.0, 0.0], "二加三得多少？": [0.0, 1.0], "2 + 3": [None, None]}
+    for question, values in expected.items():
+        problem = replace(FIVE, question=question)
+        rewards = score_group(
+            [attempt(english, problem), attempt(chinese, problem)],
+            language_weight=1.0,
+            target_language="question",
+        )
+        assert [reward.parts["language"] for reward in rewards] == values
+        # Accuracy and a fifth for the format, and the language where the question has one.
+        assert [reward.total for reward in rewards] == [1.2 + (value or 0.0) for value in values]
+
+
 def test_unknown_target_language_is_refused() -> None:
     with pytest.raises(UsageError, match="--target-language: expected one of af, .*'klingon'"):
         score_group([], target_language="klingon")

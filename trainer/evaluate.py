@@ -47,7 +47,7 @@ from trainer.rollout import Sampler
 from trainer.rollout.transformers_sampler import TransformersSampler
 from trainer.rollout.vllm_sampler import VllmSampler
 from trainer.samples import Prompter, ScoredCompletion
-from trainer.suites import TINY, load_source
+from trainer.suites import TASK_OF_MODEL, load_source
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
 
@@ -222,7 +222,7 @@ def _template(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> T
     name = options.template
     if name is None:
         by_tokenizer = "chat" if tokenizer.chat_template else "none"
-        name = "tiny" if options.model == TINY else by_tokenizer
+        name = TASK_OF_MODEL.get(options.model, by_tokenizer)
     try:
         return template_by_name(name).for_tokenizer(tokenizer)
     except ValueError as error:

@@ -154,7 +154,7 @@ def suite_estimates(
     `reflection/dr_grpo`); `reflection/r1_words` and `reflection/dr_grpo_words` count words of a
     completion, `reflection/dr_grpo_problems` is the share of problems with a reflecting completion;
     tokens of completions that are right, wrong, and wrong but not truncated (`length/...`);
-    `repetition` and `language` (English), means over completions. None: of nothing.
+    `repetition` and `language` (the question's), means over completions. None: of nothing.
     """
     fewest = min(map(len, scored_PK))
     correct_PK = _correct(scored_PK)
@@ -181,7 +181,9 @@ def suite_estimates(
         "repetition": share(
             _values(scored_PK, lambda one: repetition(one.completion.token_ids.tolist()))
         ),
-        "language": share(_values(scored_PK, lambda one: language_share(one.text))),
+        "language": share(
+            _values(scored_PK, lambda one: language_share(one.text, one.problem.question))
+        ),
     }
     return estimates
 

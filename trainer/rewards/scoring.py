@@ -32,7 +32,12 @@ from typing import Self
 from trainer.config import RewardOptions, UsageError
 from trainer.rewards.extraction import format_reward, thought
 from trainer.rewards.grading import AnswerGrader, Attempt, Outcome
-from trainer.rewards.language import SCRIPTS, language_consistency
+from trainer.rewards.language import (
+    QUESTION,
+    SCRIPTS,
+    language_consistency,
+    language_of,
+)
 from trainer.rewards.penalties import (
     cosine_length_reward,
     linear_length_rewards,
@@ -82,10 +87,10 @@ def check_rewards(options: RewardOptions) -> list[UserReward]:
     Raises:
         UsageError: a user's function, a target language or a detector that cannot be used.
     """
-    if options.target_language not in SCRIPTS:
+    if options.target_language not in (QUESTION, *SCRIPTS):
         raise UsageError(
-            f"--target-language: expected one of {', '.join(sorted(SCRIPTS))}, "
-            f"got {options.target_language!r}"
+            f"--target-language: expected one of "
+            f"{', '.join((*sorted(SCRIPTS), QUESTION))}, got {options.target_language!r}"
         )
     if options.language_weight and options.language_detector == "py3langid":
         try:
@@ -205,11 +210,7 @@ class Scorer:
         options = self.options
         parts: Parts = {outcome.part: outcome.value, "format": self._format(attempt, outcome)}
         if self.weights["language"]:
-            parts["language"] = language_consistency(
-                thought(attempt.text, self.template),
-                options.target_language,
-                detector=options.language_detector,
-            )
+            parts["language"] = self._language(attempt)
         if self.weights["overlong"]:
             parts["overlong"] = overlong_penalty(
                 len(attempt.token_ids),
@@ -223,6 +224,16 @@ class Scorer:
                 attempt.token_ids.tolist(), ngram=options.repetition_ngram
             )
         return Graded(outcome, parts)
+
+    def _language(self, attempt: Attempt) -> float | None:
+        """None where the target is the language of a question that has no words."""
+        target, detector = self.options.target_language, self.options.language_detector
+        if target == QUESTION:
+            found = language_of(attempt.problem.question, detector=detector)
+            if found is None:
+                return None
+            target = found
+        return language_consistency(thought(attempt.text, self.template), target, detector=detector)
 
     def _format(self, attempt: Attempt, outcome: Outcome) -> float:
         if outcome.part == "code" and self.template.answer_in == "boxed":
