@@ -176,7 +176,10 @@ def test_protocols_say_how_to_sample() -> None:
         ({"model": "/nowhere"}, "--model: expected an existing folder"),
         ({"template": "r3"}, "--template: expected one of r1"),
         ({"suite": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"suite": "math5000"}, "math5000: expected a file, a hub data set .*, gym:TASK, tiny or"),
+        (
+            {"suite": "math5000"},
+            "math5000: expected a file, a hub data set .*, gym:TASK or one of tiny, ",
+        ),
         ({"suite": None}, "--suite: expected a data set, or --protocol, got none"),
         ({"suite": None, "protocol": "r2"}, "--protocol"),
         ({"temperature": 0}, "--samples: expected 1 with temperature 0"),

@@ -35,7 +35,7 @@ TINY_MODELS: dict[str, PretrainingSettings] = {
     "tiny-bilingual": SETTINGS,
     # Distilled into, and trained by reward alone to compare.
     "tiny-bilingual-small": PretrainingSettings(
-        hidden_size=32, intermediate_size=96, num_heads=2, steps=600
+        hidden_size=32, intermediate_size=96, num_heads=2, steps=800, learning_rate=1e-2
     ),
 }
 """Embedded models that are pretrained on first use."""
