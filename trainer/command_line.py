@@ -1,16 +1,19 @@
-"""The command line of the trainer: flags to `TrainConfig`, mistakes to one sentence."""
+"""The command lines of training runs: flags to a config, mistakes to one sentence."""
 
 import contextlib
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import tyro
 
 from trainer.config import TrainConfig, UsageError
 from trainer.presets import PRESETS
+from trainer.sft_config import SftConfig
+
+ConfigWithData = TypeVar("ConfigWithData", TrainConfig, SftConfig)
 
 DEFAULT_PRESET = "r1-zero-tiny"
 # Python's own messages for a value that is not a number, in the words of all other messages.
@@ -24,22 +27,42 @@ def parse_command_line(arguments: Sequence[str]) -> TrainConfig:
     """The config of `[preset] [--flag value ...]`; without a preset, the embedded default.
 
     Raises:
+        UsageError, SystemExit: see `parse_config`.
+    """
+    return parse_config(arguments, PRESETS, DEFAULT_PRESET, "torchrun trainer/train.py")
+
+
+def parse_config(
+    arguments: Sequence[str],
+    presets: Mapping[str, tuple[str, ConfigWithData]],
+    default_preset: str,
+    program: str,
+) -> ConfigWithData:
+    """The config of `[preset] [--flag value ...]`.
+
+    Args:
+        arguments: of the command line.
+        presets: description and config, by name.
+        default_preset: without one among the arguments.
+        program: what `--help` calls it.
+
+    Raises:
         UsageError: an unknown preset or flag, a value that cannot be used, or one that must be
             given and is not.
         SystemExit: after printing the reference, when `--help` is among the arguments.
     """
-    preset, flags = DEFAULT_PRESET, list(arguments)
-    if flags and not flags[0].startswith("-"):
-        preset = flags.pop(0)
-    if preset not in PRESETS:
-        raise UsageError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    check_flag_names(flags, _flag_names())
+    flags: list[str] = list(arguments)
+    preset = flags.pop(0) if flags and not flags[0].startswith("-") else default_preset
+    if preset not in presets:
+        raise UsageError(f"preset: expected one of {', '.join(presets)}, got {preset!r}")
+    names = sorted(presets[preset][1].flat().keys() - {"preset"} | {"help"})
+    check_flag_names(flags, [f"--{name.replace('_', '-')}" for name in names])
     if not {"-h", "--help"}.isdisjoint(flags):
-        _print_presets()
+        _print_presets(presets, default_preset)
     with one_sentence_errors():
         config = tyro.extras.overridable_config_cli(
-            PRESETS,
-            prog="torchrun trainer/train.py",
+            dict(presets),
+            prog=program,
             args=[preset, *flags],
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         )
@@ -47,13 +70,6 @@ def parse_command_line(arguments: Sequence[str]) -> TrainConfig:
         if not value:
             raise UsageError(f"{name}: the preset {preset} needs it to be given")
     return config
-
-
-def _flag_names() -> list[str]:
-    config = PRESETS[DEFAULT_PRESET][1]
-    sections = {option.name for option in fields(config)} - set(config.flat())
-    names = sorted((set(config.flat()) | {"loss", "rollout"}) - {"preset"} - sections | {"help"})
-    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def check_flag_names(flags: Sequence[str], known: Sequence[str]) -> None:
@@ -80,10 +96,11 @@ def one_sentence_errors() -> Iterator[None]:
         raise UsageError(_first_sentence(printed.getvalue())) from None
 
 
-def _print_presets() -> None:
-    print(f"Presets, the first argument (without one: {DEFAULT_PRESET}):")
-    for name, (description, _) in PRESETS.items():
-        print(f"  {name:16} {description}")
+def _print_presets(presets: Mapping[str, tuple[str, object]], default_preset: str) -> None:
+    print(f"Presets, the first argument (without one: {default_preset}):")
+    width = max(16, *map(len, presets))
+    for name, (description, _) in presets.items():
+        print(f"  {name:{width}} {description}")
     print()
 
 

@@ -231,5 +231,11 @@ def pack_targets(samples: Sequence[UpdateSample], device: torch.device) -> Packe
     )
 
 
+def pack_token_ids(samples: Sequence[TokenSequence], device: torch.device) -> Tensor:
+    """Completion tokens end to end, int64 `[N]`, where nothing else is known of them."""
+    samples = samples or [NO_SAMPLE]
+    return _on_device(np.concatenate([one.token_ids for one in samples]), device)
+
+
 def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device)

@@ -1,5 +1,6 @@
 """What a run works with, made from its config: models, problems, optimizer, checkpoints, log."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def start_run(
         rank=world.rank,
         resume_step=None if checkpoint is None else step_of(checkpoint),
     )
-    start = from_main_rank(world, lambda: start_of_weights(config, checkpoint, log))
+    start = from_main_rank(world, lambda: start_of_weights(config, checkpoint, log.message))
     tokenizer = load_tokenizer(start)
     model, stored = open_model(start, report=log.message)
     check_vocabulary(tokenizer, model)
@@ -193,11 +194,13 @@ def _make_sampler(
     )
 
 
-def start_of_weights(config: RunConfig, checkpoint: Path | None, log: RunLog) -> str:
+def start_of_weights(
+    config: RunConfig, checkpoint: Path | None, report: Callable[[str], None]
+) -> str:
     """The folder or hub name that the weights are read from; they are on this machine then."""
     if checkpoint is not None:
         return str(checkpoint / MODEL)
-    start = resolve_model(config.model, config.cache_dir, report=log.message)
+    start = resolve_model(config.model, config.cache_dir, report=report)
     try:
         stored_files(start)
     except OSError as error:

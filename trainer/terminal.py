@@ -95,6 +95,8 @@ def progress_text(
     fields = [
         _field("acc", _percent(accuracy)),
         _field("reward", _number(metrics.get("reward/mean"), ".2f")),
+        # That of reinforcement learning says nothing about progress.
+        "" if "reward/mean" in metrics else _field("loss", _number(metrics.get("loss"), ".4f")),
         _field("len", _number(metrics.get("length/mean"), ".0f")),
         _field("reflect", _percent(metrics.get("reflection_rate"))),
         _field("", _number(seconds_per_step, ".2f", " s/step")),
