@@ -175,11 +175,30 @@ def test_sampler_gap_is_the_distance_of_both_logprobs() -> None:
         for one in exact
     ]
     config = make_config(LossOptions(loss="grpo"))
-    gaps = [
-        make_update(config, copy.deepcopy(model))(samples, 1)["sampler/logprob_gap_mean"]
-        for samples in (exact, shifted)
+    means, largest = (
+        [
+            make_update(config, copy.deepcopy(model))(samples, 1)[f"sampler/logprob_gap_{which}"]
+            for samples in (exact, shifted)
+        ]
+        for which in ("mean", "max")
+    )
+    for gaps in (means, largest):
+        assert gaps[0] < 1e-5 and gaps[1] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_largest_sampler_gap_is_that_of_one_token_of_the_step() -> None:
+    model = bigram_model()
+    samples = [
+        dataclasses.replace(one, sampler_logprobs=sequence_logprobs(model, one).detach().numpy())
+        for one in SAMPLES
     ]
-    assert gaps[0] < 1e-5 and gaps[1] == pytest.approx(0.25, abs=1e-5)
+    # One token of the minibatch that the other updates of the step do not see.
+    samples[7].sampler_logprobs[-1] -= 3
+    config = make_config(LossOptions(loss="grpo"), minibatches=3, micro_batch_tokens=20)
+    metrics = make_update(config, model)(samples, 1)
+    assert metrics["sampler/logprob_gap_max"] == pytest.approx(3, abs=1e-4)
+    tokens = sum(len(one.token_ids) for one in samples)
+    assert metrics["sampler/logprob_gap_mean"] < 3 * 3 / tokens
 
 
 def test_head_gets_the_states_before_completion_tokens_only() -> None:

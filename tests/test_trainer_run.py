@@ -146,8 +146,8 @@ def test_run_writes_a_line_per_step_with_all_metrics(whole_run: Path) -> None:
     expected = (
         "reward/mean reward/accuracy reward/format length/mean length/correct length/wrong "
         "reflection_rate entropy kl clip_fraction grad_norm loss tokens_per_second seconds/rollout "
-        "seconds/score seconds/update sampler/logprob_gap_mean truncated_fraction "
-        "zero_spread_fraction"
+        "seconds/score seconds/update sampler/logprob_gap_mean "
+        "sampler/logprob_gap_max truncated_fraction zero_spread_fraction"
     ).split()
     assert "parity/hidden_gradient" in records[1]
     for record in records[1:]:

@@ -108,6 +108,16 @@ def sum_over_ranks(world: World, values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(world: World, values: Tensor) -> Tensor:
+    """The largest of each value over ranks; in place.
+
+    Collectives: one all-reduce.
+    """
+    if world.size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def any_rank(world: World, condition: bool) -> bool:
     """Whether the condition holds on some rank; the same answer on all.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 from trainer.config import TrainConfig
-from trainer.fsdp import World, gather_in_order, sum_over_ranks
+from trainer.fsdp import World, gather_in_order, max_over_ranks, sum_over_ranks
 from trainer.packing import (
     NO_SAMPLE,
     MicroBatch,
@@ -42,6 +42,7 @@ TOKEN_MEANS = {
     "sampler/gap_mean": "sampler/logprob_gap_mean",
     "zero_gradient_fraction": "zero_gradient_fraction",
 }
+LARGEST_GAP = "sampler/logprob_gap_max"
 
 
 class PolicyUpdate:
@@ -67,7 +68,8 @@ class PolicyUpdate:
         self.config, self.spec, self.world = config, config.loss_spec, world
 
     def __call__(self, samples: Sequence[UpdateSample], step: int) -> dict[str, float | None]:
-        """Makes the step's updates; returns its metrics, means over tokens or over updates.
+        """Makes the step's updates; returns its metrics: means over tokens and updates, and the
+        largest gap between the log-probabilities of sampler and trainer.
 
         A minibatch without samples makes no update, a step without any has no metrics.
 
@@ -90,7 +92,7 @@ class PolicyUpdate:
                 number = (epoch * options.minibatches) + part
                 if chosen := order[slice(*bounds)]:
                     per_update.append(self._update(samples, chosen, old, ref, step, number))
-        return _mean_over_updates(per_update)
+        return _over_updates(per_update)
 
     def _old_logprobs(self, samples: Sequence[UpdateSample]) -> list[np.ndarray] | None:
         """Log-probabilities that ratios are relative to, float32 `[n]` each; None stands for those
@@ -111,6 +113,7 @@ class PolicyUpdate:
         # At least one, for a minibatch whose samples are all masked.
         tokens = max(1, sum(len(samples[i].token_ids) for i in chosen if not samples[i].masked))
         sums = torch.zeros(1 + len(TOKEN_MEANS), dtype=torch.float64, device=self.world.device)
+        largest_gap = torch.zeros((), device=self.world.device)
         check = self._head_check(step, number)
         parity: dict[str, float] = {}
         for batch in self._plan(samples, chosen):
@@ -119,6 +122,7 @@ class PolicyUpdate:
                 parity = check.compare(step)
                 check = None
             means = torch.stack([result.metrics[name] for name in TOKEN_MEANS])
+            largest_gap = torch.maximum(largest_gap, result.metrics["sampler/gap_max"])
             # With a sharded head every rank measures the same tokens.
             if self.policy.vocab is None or self.world.is_main:
                 sums[0] += result.loss.detach()
@@ -133,7 +137,9 @@ class PolicyUpdate:
             max_grad_norm=self.config.optimizer.max_grad_norm,
         )
         named = zip(TOKEN_MEANS.values(), totals, strict=True)
-        return {**{name: total / tokens for name, total in named}, **parity, **updated}
+        metrics = {name: total / tokens for name, total in named}
+        metrics[LARGEST_GAP] = max_over_ranks(self.world, largest_gap).item()
+        return metrics | parity | updated
 
     def _learning_rate(self, step: int, number: int) -> float:
         options = self.config.optimizer
@@ -252,8 +258,9 @@ def _samples(samples: Sequence[UpdateSample], indices: Sequence[int | None]) -> 
     return [NO_SAMPLE if index is None else samples[index] for index in indices]
 
 
-def _mean_over_updates(per_update: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    return {
+def _over_updates(per_update: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    means: dict[str, float | None] = {
         name: sum(metrics[name] for metrics in per_update) / len(per_update)
         for name in per_update[0]
     }
+    return means | {LARGEST_GAP: max(metrics[LARGEST_GAP] for metrics in per_update)}

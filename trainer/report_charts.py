@@ -165,7 +165,10 @@ OTHER_CHARTS = (
     Chart(
         "Sampler against trainer (nats per token)",
         "number",
-        (Curve("sampler/logprob_gap_mean", "mean log-probability gap", "red"),),
+        (
+            Curve("sampler/logprob_gap_mean", "mean log-probability gap", "red"),
+            Curve("sampler/logprob_gap_max", "largest", "amber"),
+        ),
     ),
 )
 
