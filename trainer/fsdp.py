@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 # The main rank makes the embedded model, minutes long, while the others wait.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+# A main rank that fails may have a checkpoint to finish, or imports, before it says why.
+MAIN_RANK_SECONDS = 60.0
 # Whole tensors that are in memory at once when weights are gathered.
 GATHER_BYTES = 256 << 20
 
@@ -153,6 +156,16 @@ def from_main_rank(world: World, action: Callable[[], T]) -> T:
 
 class MainRankFailedError(Exception):
     """The main rank raised an error that it shows itself."""
+
+
+def let_main_rank_speak() -> None:
+    """On another rank that is about to fail: waits for the main one, which has the same to say.
+
+    torchrun ends all ranks as soon as one exits, so this one must not be the first. It does come
+    back on a rank that fails alone, or whose launcher leaves it running.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(MAIN_RANK_SECONDS)
 
 
 def shard_model(

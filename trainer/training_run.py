@@ -31,6 +31,7 @@ from trainer.fsdp import (
     World,
     any_rank,
     from_main_rank,
+    let_main_rank_speak,
     start_world,
     stop_world,
     weights_checksum,
@@ -222,10 +223,12 @@ def exit_code_of(command: Callable[[Sequence[str]], None], arguments: Sequence[s
         command(arguments)
     except UsageError as error:
         # Memory runs out on one rank, which alone can say so.
-        if is_main or isinstance(error, OutOfMemoryError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, OutOfMemoryError):
+            let_main_rank_speak()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except MainRankFailedError:
+        let_main_rank_speak()
         return 1
     except InterruptedRunError as interrupted:
         if is_main:

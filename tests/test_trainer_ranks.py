@@ -1,0 +1,47 @@
+"""Refusals on several ranks: the main rank says why, however late it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# The main rank is late: before it reads the flags, or between its failure and what it says of it.
+SCRIPT = """
+import os, sys, time
+from trainer import train, training_run
+late, *arguments = sys.argv[1:]
+if os.environ["RANK"] == "0":
+    if late == "early":
+        time.sleep(2)
+    stop_world = training_run.stop_world
+    training_run.stop_world = lambda: (stop_world(), time.sleep(2))
+sys.exit(train.main(arguments))
+"""
+
+
+@pytest.mark.parametrize(
+    ("late", "flag", "sentence"),
+    [
+        ("early", "--steps=many", "error: --steps: expected"),
+        ("afterwards", "--model=nowhere", "error: --model: expected an existing folder"),
+    ],
+)
+def test_refusal_is_said_once_though_another_rank_fails_first(
+    late: str, flag: str, sentence: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), late, flag, f"--run-dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: --") == 1 and sentence in done.stderr, done.stderr
