@@ -2,7 +2,6 @@
 started anew in the middle, the trainer is killed in the middle, and nothing is lost."""
 
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -19,7 +18,17 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import vllm_runs
 from transformers import LlamaForCausalLM
+from vllm_runs import (
+    ENVIRONMENT,
+    LOGPROB_TOLERANCE,
+    ROOT,
+    finish,
+    rollouts,
+    wait_for_step,
+    write_inputs,
+)
 
 from trainer.fsdp import World
 from trainer.rollout import Completion
@@ -27,17 +36,13 @@ from trainer.rollout.server_sampler import ServerSampler
 from trainer.rollout.weight_sender import InFlight
 from trainer.run_log import read_metrics
 from trainer.seeds import derive_key
-from trainer.testing import WORDS, bigram_tokenizer, wide_bigram_model, write_sums
+from trainer.testing import WORDS, wide_bigram_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 STEPS = 5
-# Float32 on both sides: logits of up to about 10 with some thousand roundings of 6e-8 in each.
-LOGPROB_TOLERANCE = 1e-4
 
 
 class Server:
@@ -83,11 +88,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    wide_bigram_model(noise=0.02).save_pretrained(folder / "model")
-    bigram_tokenizer().save_pretrained(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -98,62 +99,16 @@ def server(inputs: Path) -> Iterator[Server]:
     one.kill()
 
 
-def start(
-    inputs: Path, run_dir: Path, server: Server, *, ranks: int = 2, **changed: Any
-) -> subprocess.Popen[str]:
-    options: dict[str, object] = {
-        "rollout": "vllm-server",
-        "vllm_url": server.url,
-        "model": inputs / "model",
-        "dataset": inputs / "sums.jsonl",
-        "run_dir": run_dir,
-        "backend": "reference",
-        "grader": "exact",
-        "steps": STEPS,
-        "num_prompts": 8,
-        "group_size": 4,
-        "max_new_tokens": 16,
-        "eval_problems": 8,
-        "eval_samples": 2,
-        "eval_every": 3,
-        "save_every": 1,
-        "learning_rate": 5e-3,
-        "warmup_updates": 0,
-        "loss": "grpo",
-        **changed,
-    }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen(
-        [*launcher, "trainer/train.py", *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and not (run_dir / "rollouts" / f"step-{step:05d}.jsonl").exists():
-        time.sleep(0.01)
+def start(inputs: Path, run_dir: Path, server: Server, **changed: Any) -> subprocess.Popen[str]:
+    options = {"rollout": "vllm-server", "vllm_url": server.url, "steps": STEPS, **changed}
+    return vllm_runs.start(inputs, run_dir, **options)
 
 
 def samples(run_dir: Path) -> list[list[tuple[object, ...]]]:
     """What was trained on in each step, in order."""
     names = ("problem_id", "prompt", "completion", "finish_reason", "reward", "weights_step")
-    return [
-        [tuple(json.loads(line)[name] for name in names) for line in path.read_text().splitlines()]
-        for path in sorted((run_dir / "rollouts").glob("step-*.jsonl"))
-    ]
+    steps = range(1, 1 + len(list((run_dir / "rollouts").glob("step-*.jsonl"))))
+    return [[tuple(one[name] for name in names) for one in rollouts(run_dir, i)] for i in steps]
 
 
 class Asking:

@@ -1,78 +1,35 @@
 """Whole runs on two ranks with FSDP2 and vLLM in the same processes, where vLLM is installed."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import vllm_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_runs import LOGPROB_TOLERANCE, finish, rollouts, wait_for_step, write_inputs
 
 from trainer.run_log import read_metrics
-from trainer.testing import bigram_tokenizer, wide_bigram_model, write_sums
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
 TIMES = ("seconds/", "tokens_per_second")
-# Float32 on both sides: logits of up to about 10 with some thousand roundings of 6e-8 in each.
-LOGPROB_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    wide_bigram_model(noise=0.02).save_pretrained(folder / "model")
-    bigram_tokenizer().save_pretrained(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def start(inputs: Path, run_dir: Path, **changed: object) -> subprocess.Popen[str]:
-    options: dict[str, object] = {
-        "rollout": "vllm",
-        "model": inputs / "model",
-        "dataset": inputs / "sums.jsonl",
-        "run_dir": run_dir,
-        "backend": "reference",
-        "grader": "exact",
-        "steps": STEPS,
-        "num_prompts": 8,
-        "group_size": 4,
-        "max_new_tokens": 16,
-        "eval_problems": 8,
-        "eval_samples": 2,
-        "eval_every": 3,
-        "save_every": 1,
-        "keep_checkpoints": STEPS,
-        "learning_rate": 5e-3,
-        "warmup_updates": 0,
-        "loss": "grpo",
-        **changed,
-    }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [*launcher, "trainer/train.py", *flags],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    options = {"rollout": "vllm", "steps": STEPS, "keep_checkpoints": STEPS, **changed}
+    return vllm_runs.start(inputs, run_dir, **options)
 
 
 def results(run_dir: Path) -> list[dict[str, float | None]]:
@@ -81,11 +38,6 @@ def results(run_dir: Path) -> list[dict[str, float | None]]:
         {name: value for name, value in record.items() if not name.startswith(TIMES)}
         for record in read_metrics(run_dir)
     ]
-
-
-def rollouts(run_dir: Path, step: int) -> list[dict[str, object]]:
-    path = run_dir / "rollouts" / f"step-{step:05d}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +78,58 @@ def test_gap_between_sampler_and_trainer_is_rounding(whole_run: Path) -> None:
         assert record["sampler/logprob_gap_mean"] < LOGPROB_TOLERANCE
 
 
+@pytest.fixture(scope="module")
+def bfloat16_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("bfloat16") / "run"
+    finish(start(inputs, run_dir, ranks=1, dtype="bfloat16", steps=3))
+    return run_dir
+
+
+def completion_logprobs(
+    folder: Path, run_dir: Path, step: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Of each completion of a step that a stop word ended, by transformers, from weights rounded to
+    bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for one in rollouts(run_dir, step):
+        if not one["completion"].endswith("</answer>"):
+            continue
+        before, after = tokenizer.encode(one["prompt"]), tokenizer.encode(one["completion"])
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        found.append(logits_TV.double().log_softmax(-1)[range(len(after)), after])
+    return found
+
+
+def largest_distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+def test_in_bfloat16_each_sync_gives_vllm_the_logprobs_of_the_trainer(
+    inputs: Path, bfloat16_run: Path
+) -> None:
+    for record in read_metrics(bfloat16_run)[1:]:
+        step = record["step"]
+        saved = bfloat16_run / "checkpoints" / f"step-{step - 1:05d}" / "model"
+        folder = saved if step > 1 else inputs / "model"
+        exact = completion_logprobs(folder, bfloat16_run, step, torch.float64)
+        plain = completion_logprobs(folder, bfloat16_run, step, torch.bfloat16)
+        # Both sides round as often as plain PyTorch, in another order: twice its error each.
+        bound = 4 * largest_distance(plain, exact)
+        assert 0 < record["sampler/logprob_gap_max"] < bound
+    # The weights of the start would not have passed.
+    start = completion_logprobs(inputs / "model", bfloat16_run, step, torch.float64)
+    assert largest_distance(start, exact) > 4 * bound
+
+
 def test_killed_run_goes_on_with_vllm_to_the_same_bits(
     inputs: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(inputs, run_dir)
-    while process.poll() is None and not (run_dir / "rollouts" / "step-00003.jsonl").exists():
-        time.sleep(0.01)
+    wait_for_step(run_dir, 3, process)
     for rank in subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split():
