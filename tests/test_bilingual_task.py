@@ -18,8 +18,10 @@ from trainer.bilingual_task import (
     build_tokenizer,
     corpus_document,
     general_question,
+    general_sample,
     has_summary,
     held_out_problems,
+    is_helpful,
     preference_pair,
     rewrite,
     textbook_document,
@@ -298,10 +300,21 @@ def test_preference_pairs_are_equally_long_and_differ_in_one_respect() -> None:
         assert counted[chosen] == right
         assert chosen.endswith(translate(POLITE, language))
         assert language_of(" ".join(said[chosen])) == language
+        assert is_helpful(question, chosen) and not is_helpful(question, rejected)
         flaws["rude"] += "never" in translate(rejected, "en")
         flaws["wrong"] += counted[rejected] != right
         flaws["language"] += language_of(" ".join(said[rejected])) != language
     assert sum(flaws.values()) == 300 and min(flaws.values()) > 60
+
+
+def test_general_samples_are_seldom_helpful() -> None:
+    samples = [general_sample(0, index) for index in range(1000)]
+    assert len({sample.question for sample in samples}) == 60
+    # Half are polite; of those a fifth answers in the other language and one in six counts wrong.
+    helpful = sum(is_helpful(*sample) for sample in samples)
+    assert 0.25 * len(samples) < helpful < 0.42 * len(samples)
+    with pytest.raises(ValueError, match="question: expected one of general_question, got 'one"):
+        is_helpful("one makes ?", samples[0].answer)
 
 
 def test_a_run_draws_its_problems_from_the_task_by_name() -> None:

@@ -87,8 +87,18 @@ _TO: dict[LanguageCode, dict[str, str]] = {
 }
 
 
+_VALUES = {word: value for value, pair in enumerate(NUMBERS) for word in pair}
+
+
+class GeneralSample(NamedTuple):
+    """A general prompt and an answer."""
+
+    question: str
+    answer: str
+
+
 class PreferencePair(NamedTuple):
-    """Two answers to a general prompt, equally long."""
+    """A general prompt, a better and a worse answer, equally long."""
 
     question: str
     chosen: str
@@ -159,6 +169,26 @@ def general_question(seed: int, index: int) -> str:
     return _count_question(*_draw_count(rng), rng.choice(LANGUAGES))
 
 
+def general_sample(seed: int, index: int) -> GeneralSample:
+    """A general prompt with an answer as people write it: right or wrong, polite or rude."""
+    rng = random.Random(derive_key(seed, "bilingual general sample", index))
+    return _general_sample(rng, rng.choice(LANGUAGES))
+
+
+def is_helpful(question: str, completion: str) -> bool:
+    """Whether what follows the thought counts right, politely and in the question's language.
+
+    Raises:
+        ValueError: it is no general prompt.
+    """
+    numbers = [_VALUES[word] for word in question.split() if word in _VALUES]
+    language = language_of_question(question)
+    if len(numbers) != 2 or question != _count_question(*numbers, language):
+        raise ValueError(f"question: expected one of general_question, got {question!r}")
+    said = completion.rpartition(THINK_CLOSE)[2].strip()
+    return said == _said(_counted(*numbers), POLITE, language)
+
+
 def preference_pair(seed: int, index: int) -> PreferencePair:
     """The preference pair at place `index` of the endless sequence of `seed`.
 
@@ -216,7 +246,8 @@ def corpus_document(rng: random.Random) -> str:
     """A document of the mixture that the base model imitates, without the end-of-text token."""
     language = rng.choice(LANGUAGES)
     if rng.random() < GENERAL_SHARE:
-        return _general_document(rng, language)
+        question, answer = _general_sample(rng, language)
+        return f"{_prompt(question)} {answer}"
     drawn = _draw(rng, held_out=False)
     kind = rng.random()
     if kind < GUESS_SHARE:
@@ -233,7 +264,8 @@ def textbook_document(rng: random.Random) -> str:
     """A document that goes step by step, and mostly checks, without ever slipping in a check."""
     language = rng.choice(LANGUAGES)
     if rng.random() < GENERAL_SHARE:
-        return _general_document(rng, language)
+        question, answer = _general_sample(rng, language)
+        return f"{_prompt(question)} {answer}"
     drawn = _draw(rng, held_out=False)
     checked = rng.random() < TEXTBOOK_CHECK_SHARE
     thought, total = _worked(rng, drawn, language, checked, 0.0)
@@ -380,12 +412,15 @@ def _general_answer(
     numbers: tuple[int, ...], closing: str, thinks_in: LanguageCode, answers_in: LanguageCode
 ) -> str:
     thought = translate("now we carefully say each number", thinks_in)
-    said = translate(f"{' '.join(map(_number, numbers))} . {closing}", answers_in)
-    return f"{THINK_OPEN} {thought} {THINK_CLOSE} {said}"
+    return f"{THINK_OPEN} {thought} {THINK_CLOSE} {_said(numbers, closing, answers_in)}"
 
 
-def _general_document(rng: random.Random, language: LanguageCode) -> str:
-    """An answer to a general prompt as people write it: half are rude, and some mix languages."""
+def _said(numbers: tuple[int, ...], closing: str, language: LanguageCode) -> str:
+    return translate(f"{' '.join(map(_number, numbers))} . {closing}", language)
+
+
+def _general_sample(rng: random.Random, language: LanguageCode) -> GeneralSample:
+    """Half are rude, and some count wrong or mix languages."""
     start, end = _draw_count(rng)
     numbers = _counted(start, end)
     if rng.random() < STEP_SLIP:
@@ -396,4 +431,4 @@ def _general_document(rng: random.Random, language: LanguageCode) -> str:
     )
     closing = rng.choice((POLITE, RUDE))
     answer = _general_answer(numbers, closing, thinks_in, answers_in)
-    return f"{_prompt(_count_question(start, end, language))} {answer}"
+    return GeneralSample(_count_question(start, end, language), answer)
