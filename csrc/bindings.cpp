@@ -38,6 +38,14 @@ void bind_row_ops(py::module_& module) {
       },
       py::call_guard<py::gil_scoped_release>());
   module.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "few_rows_linear",
+      [](uintptr_t x, int64_t rows, uintptr_t weight, int64_t outputs, int64_t depth,
+         uintptr_t bias, uintptr_t out, int threads) {
+        few_rows_linear(pointer<const float>(x), rows, pointer<const float>(weight), outputs, depth,
+                        pointer<const float>(bias), pointer<float>(out), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_policy_loss(py::module_& module) {

@@ -4,6 +4,7 @@ file to read."""
 from importlib.metadata import PackageNotFoundError, distribution
 
 from kernels.backends import available_backends
+from kernels.few_rows import few_rows_linear
 from kernels.ops import (
     PolicyLoss,
     TokenLogprobs,
@@ -25,6 +26,7 @@ __all__ = [
     "TokenLogprobs",
     "VocabShard",
     "available_backends",
+    "few_rows_linear",
     "group_advantages",
     "linear_policy_loss",
     "linear_token_logprobs",

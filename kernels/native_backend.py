@@ -149,3 +149,23 @@ def policy_loss(
         threads=torch.get_num_threads(),
     )
     return FusedLoss(loss=loss, logprobs_N=logprobs_N, entropy_N=entropy_N, metrics=metrics)
+
+
+def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """x @ weight^T + bias, float32 [..., V]; see `kernels.few_rows`."""
+    native = _native()
+    x = x.contiguous()
+    outputs, depth = weight_VD.shape
+    out = x.new_empty(*x.shape[:-1], outputs)
+    rows = x.numel() // depth if depth else 0
+    native.few_rows_linear(
+        x.data_ptr(),
+        rows,
+        weight_VD.data_ptr(),
+        outputs,
+        depth,
+        address(bias_V),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

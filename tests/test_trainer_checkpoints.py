@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,29 @@ def test_checkpoint_holds_the_weights_of_its_step_though_they_change_while_it_is
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
     store.wait()
+
+
+def test_last_checkpoint_is_the_same_and_takes_no_copies(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, optimizer = trained_policy()
+    own = {tensor.data_ptr() for _, tensor in policy.weights()}
+    own |= {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
+    save_file, foreign = checkpoint_writing.save_file, []
+
+    def watched(tensors: dict[str, torch.Tensor], *arguments: Any, **keywords: Any) -> None:
+        foreign.append([name for name, each in tensors.items() if each.data_ptr() not in own])
+        save_file(tensors, *arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint_writing, "save_file", watched)
+    for step, is_last in ((1, False), (2, True)):
+        store.save(state_of(step), policy, optimizer, None, bigram_tokenizer(), is_last=is_last)
+        store.wait()
+    assert all(foreign[:2]) and not any(foreign[2:])
+    for name in ("model/model.safetensors", "optimizer.safetensors"):
+        copied, taken = (load_file(store.path(step) / name) for step in (1, 2))
+        assert copied.keys() == taken.keys()
+        assert all(torch.equal(copied[key], taken[key]) for key in copied)
 
 
 @pytest.mark.parametrize("told_by", ["check", "wait", "save", "close"])

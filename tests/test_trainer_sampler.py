@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
+import kernels
+from trainer.rollout import transformers_sampler
 from trainer.rollout.transformers_sampler import TransformersSampler, nucleus, sample_tokens
 from trainer.seeds import derive_key
 from trainer.templates import Template, template_by_name
@@ -199,3 +201,28 @@ def test_top_p_leaves_rare_words_out_of_completions() -> None:
     assert any(one.token_ids[0] == rare for one in all_first[0])
     assert {one.token_ids[0] for one in nucleus_first[0]} == {common}
     assert all(one.logprobs[0] == 0.0 for one in nucleus_first[0])
+
+
+def test_large_layers_decode_through_the_few_rows_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same tokens, and log-probabilities within float32's rounding."""
+    calls = []
+
+    def counted(x: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape)
+        return few_rows_linear(x, *arguments)
+
+    few_rows_linear = kernels.few_rows_linear
+    monkeypatch.setattr(kernels, "few_rows_linear", counted)
+    prompt = [words("User: 1 + 2 Assistant:")]
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    plain = make_sampler(noise=0.1).generate(prompt, make_keys(1, 4), **options)[0]
+    assert not calls
+    monkeypatch.setattr(transformers_sampler, "LEAST_UNCACHED_WEIGHTS", 1)
+    fast = make_sampler(noise=0.1).generate(prompt, make_keys(1, 4), **options)[0]
+    assert calls
+    for one, other in zip(plain, fast, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    calls.clear()
+    many = make_sampler(rows_per_batch=40).generate(prompt, make_keys(1, 33), **options)
+    assert len(many[0]) == 33 and all(shape[0] <= 32 for shape in calls)

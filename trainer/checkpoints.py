@@ -127,9 +127,14 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         reference: Policy | None,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        is_last: bool = False,
     ) -> float:
         """Copies the state of a completed step; it is written in the background, and the oldest
         checkpoints are dropped after it.
+
+        Args:
+            is_last: nothing changes the state any more, so what is whole on the host is not copied.
 
         Returns: seconds it waited for the checkpoint before to be on the disk, 0 if it was.
 
@@ -158,15 +163,16 @@ class CheckpointStore:
             _write_model_files(partial / MODEL, policy, weights, owners)
 
         from_main_rank(self.world, prepare)
-        model = self._copy(MODEL, weights, owners)
+        model = self._copy(MODEL, weights, owners, is_last)
         if is_renamed and model:
             restored = revert_weight_conversion(policy.model, model)
             model = {name: tensor.contiguous() for name, tensor in restored.items()}
-        moments = self._copy(OPTIMIZER, _optimizer_state(policy, optimizer), owners)
-        references = self._copy(REFERENCE, reference.weights() if reference else (), owners)
+        moments = self._copy(OPTIMIZER, _optimizer_state(policy, optimizer), owners, is_last)
+        references = reference.weights() if reference else ()
+        references_copy = self._copy(REFERENCE, references, owners, is_last)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        stems = {f"{MODEL}/{MODEL}": model, OPTIMIZER: moments, REFERENCE: references}
+        stems = {f"{MODEL}/{MODEL}": model, OPTIMIZER: moments, REFERENCE: references_copy}
         name = _name_of_files(owners)
         files = {name(stem, self.world.rank): share for stem, share in stems.items() if share}
         self._writer.start(path, partial, files, self._drop_old)
@@ -194,17 +200,25 @@ class CheckpointStore:
         self._writer.close(warn)
 
     def _copy(
-        self, kind: str, named: Iterable[tuple[str, Tensor]], owners: Mapping[str, int]
+        self,
+        kind: str,
+        named: Iterable[tuple[str, Tensor]],
+        owners: Mapping[str, int],
+        is_last: bool,
     ) -> dict[str, Tensor]:
         """This rank's share of whole tensors, as they are now, in host memory.
 
         Args:
             named: names that end, after a slash if there is one, in that of a weight.
             owners: rank of each weight.
+            is_last: they stay as they are, so those on the host are taken themselves.
         """
         share = {}
         for name, tensor in full_tensors(named):
             if owners[name.rpartition("/")[2]] == self.world.rank:
+                if is_last and tensor.device.type == "cpu" and tensor.is_contiguous():
+                    share[name] = tensor
+                    continue
                 key = f"{kind}/{name}"
                 if key not in self._copies:
                     self._copies[key] = torch.empty_like(

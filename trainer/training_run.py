@@ -116,7 +116,14 @@ class TrainingRun:
             weights=self.weights_checksum(),
             config=self.fingerprint,
         )
-        waited = self.store.save(state, self.policy, self.optimizer, self.reference, self.tokenizer)
+        waited = self.store.save(
+            state,
+            self.policy,
+            self.optimizer,
+            self.reference,
+            self.tokenizer,
+            is_last=self.completed == self.total_steps,
+        )
         if waited:
             self.log.message(
                 f"the checkpoint of step {self.completed} waited {waited:.1f} s until the one "

@@ -1,4 +1,5 @@
-// The loops over one row of logits, compiled once per instruction set and chosen at load time.
+// The inner loops, over one row of logits and over a few rows of a product, compiled once per
+// instruction set and chosen at load time.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +49,15 @@ struct RowGrad {
   double coef_entropy;
 };
 
+// x [rows, depth] of a product with transposed weights, for few rows.
+struct FewRows {
+  // [depth, group]: x transposed, group 8 or 16, zeros behind the last row.
+  const float* packed;
+  int64_t group;
+  int64_t rows;
+  int64_t depth;
+};
+
 struct RowKernels {
   const char* name;
   // By DType.
@@ -56,6 +66,12 @@ struct RowKernels {
   void (*scale[3])(void* row, int64_t width, float factor);
   // z of one logit, the same bits as in the loops.
   float (*effective_logit)(float x, const Row& row);
+  // out[row, j] = sum over k of x[row, k] weight[j, k], for `columns` rows of the weight
+  // from its pointer on; `stride` from one row of out to the next.
+  void (*few_rows_linear)(const FewRows& x, const float* weight, int64_t columns, float* out,
+                          int64_t stride);
+  // The smallest group that FewRows may have.
+  int64_t smallest_group;
 };
 
 extern const RowKernels kRowKernelsBaseline;

@@ -7,6 +7,7 @@
 // exact 0.
 #pragma once
 
+#include "few_rows_impl.h"
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -439,6 +440,8 @@ const RowKernels ONEPASS_LEVEL = {
     {backward<float>, backward<BFloat16>, backward<Float16>},
     {scale<float>, scale<BFloat16>, scale<Float16>},
     effective_logit,
+    few_rows_linear,
+    kSmallestGroup,
 };
 
 }  // namespace onepass

@@ -51,6 +51,10 @@ struct PolicyOutputs {
 void policy_loss(const LogitsView& logits, const RowScale& scale, const PolicyBatch& batch,
                  const LossSpec& spec, const PolicyOutputs& outputs, int threads);
 
+// out [rows, outputs] = x [rows, depth] weight^T + bias, all contiguous; bias null: none.
+void few_rows_linear(const float* x, int64_t rows, const float* weight, int64_t outputs,
+                     int64_t depth, const float* bias, float* out, int threads);
+
 // Instruction set.
 std::vector<std::string> supported_cpu_levels();
 std::string cpu_level();

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+import kernels
 from trainer.config import UsageError
 from trainer.rollout import Completion, Weights
 from trainer.seeds import uniforms
 from trainer.templates import Template
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# BLAS is as good for more rows, and for weights that stay in the cache from token to token.
+MOST_DECODED_ROWS = 32
+LEAST_UNCACHED_WEIGHTS = 1 << 16
 # Stop strings are looked for in the text of this many last tokens.
 STOP_WINDOW_TOKENS = 16
 
@@ -99,6 +103,23 @@ class _DecodeState:
         self.keys_B, self.done_B = self.keys_B[kept.cpu().numpy()], self.done_B[kept]
 
 
+class _DecodeLinear(nn.Linear):
+    """Takes the few rows of a decoding step to `kernels.few_rows_linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """[..., in] to [..., out]."""
+        if input.numel() <= MOST_DECODED_ROWS * self.in_features:
+            return kernels.few_rows_linear(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+def _speed_up_decoding(model: nn.Module) -> None:
+    """Decodes through `_DecodeLinear` where a layer's weights come from memory for every token."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.numel() >= LEAST_UNCACHED_WEIGHTS:
+            module.__class__ = _DecodeLinear
+
+
 class TransformersSampler:
     """Samples from a replica of a transformers model; see `trainer.rollout.Sampler`.
 
@@ -131,6 +152,8 @@ class TransformersSampler:
         self.tokenizer = tokenizer
         self.rows_per_batch = rows_per_batch
         self.device = next(self.model.parameters()).device
+        if self.device.type == "cpu" and dtype == torch.float32:
+            _speed_up_decoding(self.model)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.stop_strings = tuple(
             stop for stop in template.stop if len(_encode(tokenizer, stop)) != 1
