@@ -183,10 +183,11 @@ def is_helpful(question: str, completion: str) -> bool:
     """
     numbers = [_VALUES[word] for word in question.split() if word in _VALUES]
     language = language_of_question(question)
-    if len(numbers) != 2 or question != _count_question(*numbers, language):
+    start, end = numbers if len(numbers) == 2 else (0, 0)
+    if question != _count_question(start, end, language):
         raise ValueError(f"question: expected one of general_question, got {question!r}")
     said = completion.rpartition(THINK_CLOSE)[2].strip()
-    return said == _said(_counted(*numbers), POLITE, language)
+    return said == _said(_counted(start, end), POLITE, language)
 
 
 def preference_pair(seed: int, index: int) -> PreferencePair:
