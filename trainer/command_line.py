@@ -5,11 +5,13 @@ import difflib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import tyro
 
 from trainer.config import TrainConfig, UsageError
+from trainer.pipeline_presets import PIPELINES
 from trainer.presets import PRESETS
 from trainer.sft_config import SftConfig
 
@@ -29,7 +31,7 @@ def parse_command_line(arguments: Sequence[str]) -> TrainConfig:
     Raises:
         UsageError, SystemExit: see `parse_config`.
     """
-    return parse_config(arguments, PRESETS, DEFAULT_PRESET, "torchrun trainer/train.py")
+    return parse_config(arguments, PRESETS, DEFAULT_PRESET, "torchrun trainer/train.py", PIPELINES)
 
 
 def parse_config(
@@ -37,6 +39,7 @@ def parse_config(
     presets: Mapping[str, tuple[str, ConfigWithData]],
     default_preset: str,
     program: str,
+    other_presets: Mapping[str, tuple[str, object]] = MappingProxyType({}),
 ) -> ConfigWithData:
     """The config of `[preset] [--flag value ...]`.
 
@@ -45,6 +48,7 @@ def parse_config(
         presets: description and config, by name.
         default_preset: without one among the arguments.
         program: what `--help` calls it.
+        other_presets: those that the program takes too, but not here; by name.
 
     Raises:
         UsageError: an unknown preset or flag, a value that cannot be used, or one that must be
@@ -54,11 +58,12 @@ def parse_config(
     flags: list[str] = list(arguments)
     preset = flags.pop(0) if flags and not flags[0].startswith("-") else default_preset
     if preset not in presets:
-        raise UsageError(f"preset: expected one of {', '.join(presets)}, got {preset!r}")
+        known = ", ".join((*presets, *other_presets))
+        raise UsageError(f"preset: expected one of {known}, got {preset!r}")
     names = sorted(presets[preset][1].flat().keys() - {"preset"} | {"help"})
     check_flag_names(flags, [f"--{name.replace('_', '-')}" for name in names])
     if not {"-h", "--help"}.isdisjoint(flags):
-        _print_presets(presets, default_preset)
+        _print_presets({**presets, **other_presets}, default_preset)
     with one_sentence_errors():
         config = tyro.extras.overridable_config_cli(
             dict(presets),

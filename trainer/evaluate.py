@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -108,9 +109,20 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     return results
 
 
+class EngineOptions(Protocol):
+    """What samples, and how."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def rows_per_batch(self) -> int: ...
+
+
 @contextmanager
 def open_sampler(
-    options: EvaluateOptions, source: str, world: World, prompter: Prompter, *, max_tokens: int
+    options: EngineOptions, source: str, world: World, prompter: Prompter, *, max_tokens: int
 ) -> Iterator[Sampler]:
     """The engine that samples, for as long as the context lasts.
 

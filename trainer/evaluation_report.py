@@ -149,16 +149,16 @@ def table(results: Mapping[str, SuiteResult]) -> str:
     sizes = [f"{each.problems} x {each.samples}" for each in results.values()]
     rows.append(["problems x samples", *sizes, *([""] if averaged else [])])
     for name in dict.fromkeys(name for each in columns.values() for name in each):
-        cells = [_cell(name, each.get(name)) for each in columns.values()]
+        cells = [cell(name, each.get(name)) for each in columns.values()]
         rows.append([LABELS.get(name, name), *cells])
     for level in dict.fromkeys(level for each in results.values() for level in each.levels):
-        cells = [_cell("pass@1", each.levels.get(level)) for each in results.values()]
+        cells = [cell("pass@1", each.levels.get(level)) for each in results.values()]
         rows.append([f"pass@1, level {level}", *cells, *([""] if averaged else [])])
     statuses = dict.fromkeys(status for each in results.values() for status in each.statuses)
     for status in statuses:
         counts = [str(each.statuses.get(status, 0)) for each in results.values()]
         rows.append([f"graded: {status}", *counts, *([""] if averaged else [])])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def comparison(
@@ -196,18 +196,18 @@ def comparison_table(
         rows.append(
             [
                 name,
-                _cell("pass@1", first[name].estimates["pass@1"]),
-                _cell("pass@1", second[name].estimates["pass@1"]),
-                _cell("difference", difference.difference),
+                cell("pass@1", first[name].estimates["pass@1"]),
+                cell("pass@1", second[name].estimates["pass@1"]),
+                cell("difference", difference.difference),
                 str(difference.better),
                 str(difference.worse),
                 f"p = {difference.p_value:.2g}",
             ]
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _cell(name: str, estimate: Estimate | None) -> str:
+def cell(name: str, estimate: Estimate | None) -> str:
     """Value and interval; shares in per cent."""
     if estimate is None:
         return "-"
@@ -222,7 +222,7 @@ def _cell(name: str, estimate: Estimate | None) -> str:
     return f"{text} [{bounds}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned as text, too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

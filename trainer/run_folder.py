@@ -46,6 +46,19 @@ def claim_run_folder(config: RunConfig) -> IO[str]:
         UsageError: another process writes there, or it holds a run that is not to be continued.
     """
     folder = config.run_folder
+    lock = lock_folder(folder)
+    if (folder / CONFIG_FILE).exists() and _holds_results(folder):
+        _check_same_run(config, folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, config.to_json())
+    return lock
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Makes the directory this process's own; the lock holds while the file is open.
+
+    Raises:
+        UsageError: another process writes there, or nobody can.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
@@ -55,9 +68,6 @@ def claim_run_folder(config: RunConfig) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"--run-dir: another process is writing to {folder}") from error
-    if (folder / CONFIG_FILE).exists() and _holds_results(folder):
-        _check_same_run(config, folder / CONFIG_FILE)
-    write_atomically(folder / CONFIG_FILE, config.to_json())
     return lock
 
 

@@ -21,6 +21,8 @@ from trainer.config import RolloutOptions, TrainConfig
 from trainer.evaluation import evaluate
 from trainer.fsdp import from_main_rank, gather_in_order
 from trainer.packing import UpdateSample
+from trainer.pipeline import parse_pipeline_options, run_pipeline
+from trainer.pipeline_presets import PIPELINES
 from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
 from trainer.rollout import Completion
@@ -258,9 +260,16 @@ def run_to_the_end(config: TrainConfig) -> None:
             print(summary)
 
 
+def _run(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] in PIPELINES:
+        run_pipeline(parse_pipeline_options(arguments))
+    else:
+        run_to_the_end(parse_command_line(arguments))
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    return exit_code_of(lambda given: run_to_the_end(parse_command_line(given)), arguments)
+    return exit_code_of(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""What the R1 pipeline checks before any of it is computed: every option and every input."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trainer.command_line import parse_command_line
+from trainer.config import DataOptions, TrainConfig, UsageError
+from trainer.model_loading import EMBEDDED_MODELS, resolve_model
+from trainer.pipeline_options import PipelineConfig
+from trainer.problem_source import open_problems
+from trainer.rewards.scoring import check_rewards
+from trainer.sample import SampleOptions, parse_sample_options
+from trainer.sample_files import (
+    ReadRewrites,
+    RewriteByRule,
+    SelectSamples,
+    WriteRequests,
+    WriteResults,
+    is_rule,
+    load_rule,
+    read_rows,
+    read_samples,
+)
+from trainer.stages import SAMPLE, TRAIN, Stage
+from trainer.templates import template_by_name
+
+
+def selected_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that --only, --from and --until leave.
+
+    Raises:
+        UsageError: they leave none.
+    """
+    if config.only is not None:
+        return [stage for stage in stages if stage.name == config.only]
+    names = [stage.name for stage in stages]
+    first = 0 if config.from_stage is None else names.index(config.from_stage)
+    # One whose result is given is not made, and ends with the stage before it.
+    last = len(names) if config.until not in names else names.index(config.until) + 1
+    if first >= last:
+        raise UsageError(f"--until: {config.until} comes before --from {config.from_stage}")
+    return list(stages[first:last])
+
+
+def check_inputs(config: PipelineConfig, stages: Sequence[Stage]) -> None:
+    """Checks what the selected stages are given from outside, and that it is there.
+
+    Raises:
+        UsageError: something cannot be used, in one sentence that names the stage.
+    """
+    selected = selected_stages(config, stages)
+    _check_options(config)
+    makers = {stage.output: stage.name for stage in stages}
+    made: set[Path] = set()
+    checked: set[Path] = set()
+    data: dict[DataOptions, None] = {}
+    for stage in selected:
+        try:
+            for path in stage.inputs:
+                if path in made:
+                    continue
+                if not path.exists():
+                    maker = makers.get(path)
+                    hint = f"; stage {maker} makes it" if maker else ""
+                    raise UsageError(f"{path}: no such file{hint}")
+            _check_files(stage, made, checked)
+            _check_command(stage, made, data)
+        except UsageError as error:
+            raise UsageError(f"stage {stage.name}: {error}") from error
+        made.add(stage.output)
+
+
+def _check_options(config: PipelineConfig) -> None:
+    try:
+        template_by_name(config.template)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    if config.readable is not None:
+        load_rule(config.readable, "--readable")
+    if config.rewrite is not None and is_rule(config.rewrite):
+        load_rule(config.rewrite, "--rewrite")
+    for name, path in config.given_paths.items():
+        if not path.exists():
+            raise UsageError(f"--given: {name}={path}: no such file")
+
+
+def _check_files(stage: Stage, made: set[Path], checked: set[Path]) -> None:
+    """Reads the files that a step reads, or that fine-tuning learns from, once."""
+    readers: list[tuple[Path, Callable[[Path], Sequence[object]]]] = []
+    step = stage.step
+    if isinstance(step, SelectSamples):
+        readers = [(step.samples, read_samples)]
+        readers += [(step.general, read_rows)] if step.general is not None else []
+    elif isinstance(step, RewriteByRule | WriteRequests):
+        readers = [(step.rows, read_rows)]
+    elif isinstance(step, ReadRewrites):
+        readers = [(step.rows, read_rows), (step.rewrites, read_samples)]
+    elif isinstance(step, WriteResults):
+        readers = [(path, read_samples) for _, path in step.samples]
+    elif stage.command and stage.command[0] not in (TRAIN, SAMPLE):
+        readers = [(path, read_rows) for path in stage.inputs if path.is_file()]
+    for path, read in readers:
+        if path in made or path in checked:
+            continue
+        checked.add(path)
+        if not read(path):
+            raise UsageError(f"{path}: expected at least one line, got none")
+
+
+def _check_command(stage: Stage, made: set[Path], data: dict[DataOptions, None]) -> None:
+    """Parses a stage's command as its script will, and looks at what it names."""
+    if not stage.command:
+        return
+    script, *flags = stage.command
+    options: TrainConfig | SampleOptions
+    if script == TRAIN:
+        options = parse_command_line(flags)
+    elif script == SAMPLE:
+        options = parse_sample_options(flags)
+    else:
+        return
+    check_rewards(options.reward)
+    # An embedded model is made when it is first used, which takes minutes.
+    if not (options.model in EMBEDDED_MODELS or Path(options.model) in made):
+        resolve_model(options.model, options.cache_dir, report=print)
+    requests = Path(options.data.dataset)
+    if options.data not in data and requests not in made:
+        open_problems(options.data, options.seed)
+        data[options.data] = None

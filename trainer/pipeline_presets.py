@@ -1,0 +1,60 @@
+"""Ready runs of the R1 pipeline, by the name that comes first on the command line."""
+
+from trainer.config import DataOptions
+from trainer.pipeline_options import PipelineConfig
+from trainer.readability import ReadabilityLimits
+
+PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
+    "r1-tiny": (
+        "The whole R1 pipeline on two CPU cores: tiny base models on made-up arithmetic.",
+        PipelineConfig(
+            preset="r1-tiny",
+            model="tiny",
+            small_model=None,
+            template="tiny",
+            rl_preset="r1-zero-tiny",
+            data=DataOptions(dataset="tiny", eval_problems=128),
+            most_per_question=2,
+            stage_flags=(
+                ("rl", "--steps 60 --cpu-threads 1 --grader exact"),
+                ("reasoning-rl", "--language-weight 1 --loss r1 --learning-rate 1e-4"),
+                ("general-rl", "--language-weight 1 --loss r1 --temperature 0.7"),
+                ("samples", "--grader exact --cpu-threads 1 --max-new-tokens 80"),
+                ("cold-start-samples", "--count 512 --samples 4"),
+                ("rejection-samples", "--count 1024 --samples 4"),
+                ("evaluate", "--samples 4"),
+                ("sft", "--cpu-threads 1"),
+            ),
+        ),
+    ),
+    # DeepSeek-R1 (2501.12948 v2), section 3 and B.4: see r1-zero for the first stage. Not stated,
+    # and chosen here: the steps of reasoning-rl, and how many prompts are sampled how often (the
+    # paper has "thousands" of samples for the cold start, and 600,000 of rejection sampling).
+    # 1,700 updates of general-rl are 106 rollouts of 16 updates.
+    "r1": (
+        "The numbers of the DeepSeek-R1 paper; give --model, --small-model, --rewrite, --dataset.",
+        PipelineConfig(
+            preset="r1",
+            model="",
+            small_model=None,
+            template="r1",
+            rl_preset="r1-zero",
+            data=DataOptions(dataset="", eval_problems=64),
+            rejection_limits=ReadabilityLimits(most_paragraph_words=400, code_blocks=False),
+            stage_flags=(
+                ("reasoning-rl", "--language-weight 1 --format-weight 0 --steps 650"),
+                (
+                    "general-rl",
+                    "--language-weight 1 --format-weight 1 --temperature 0.7 --steps 106",
+                ),
+                ("samples", "--dtype bfloat16 --max-new-tokens 32768 --rows-per-batch 64"),
+                ("cold-start-samples", "--count 8192 --samples 4"),
+                ("cold-start-rewriting", "--max-new-tokens 16384"),
+                ("rejection-samples", "--count 150000 --samples 8"),
+                ("evaluate", "--samples 16 --temperature 0.6 --top-p 0.95"),
+                ("sft", "--dtype bfloat16"),
+                ("distill", "--learning-rate 1e-4"),
+            ),
+        ),
+    ),
+}

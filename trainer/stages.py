@@ -1,0 +1,254 @@
+"""The stages of the R1 pipeline as plain values: what each reads, writes and runs.
+
+Source: DeepSeek-R1, arXiv 2501.12948 v2, figure 2 and section 3: R1-Zero; cold start, which gives
+Dev1; reinforcement learning of reasoning, Dev2; rejection sampling and fine-tuning of the base
+model, Dev3; reinforcement learning for all scenarios, R1; and section 2.4 of v1: distillation.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import UsageError
+from trainer.pipeline_options import PipelineConfig, flags_for, merged_flags, values_of
+from trainer.sample_files import (
+    FileStep,
+    ReadRewrites,
+    RewriteByRule,
+    SelectSamples,
+    WriteRequests,
+    WriteResults,
+    is_rule,
+)
+from trainer.seeds import derive_key
+
+STAGES_FOLDER = "stages"
+TRAIN, SFT, SAMPLE = "trainer/train.py", "trainer/sft.py", "trainer/sample.py"
+MODEL, SAMPLES, ROWS = "model", "samples.jsonl", "rows.jsonl"
+COUNTS, REQUESTS, RESULTS = "counts.json", "requests.jsonl", "results.json"
+KINDS = ("rl", "sft", "samples", "evaluate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stage: a command that runs on all ranks, or a step from files to files on the main
+    one."""
+
+    name: str
+    folder: Path
+    """Where it writes."""
+    inputs: tuple[Path, ...]
+    """Files and model folders that it reads: those of earlier stages, and the user's."""
+    outputs: tuple[str, ...]
+    """What it leaves in its folder; later stages read the first."""
+    command: tuple[str, ...] = ()
+    """Script and flags; empty where there is a step."""
+    step: FileStep | None = None
+
+    @property
+    def output(self) -> Path:
+        """What later stages read."""
+        return self.folder / self.outputs[0]
+
+    @property
+    def recipe(self) -> str:
+        """How the outputs come from the inputs, as text."""
+        return " ".join(self.command) if self.step is None else repr(self.step)
+
+
+def pipeline_stages(config: PipelineConfig) -> list[Stage]:
+    """The stages that are to be made, in their order; one for which the user gives the result is
+    not among them.
+
+    Raises:
+        UsageError: an option names a stage that there is not.
+    """
+    plan = _Plan(config)
+    plan.evaluate("base", config.model)
+    zero = plan.train("r1-zero", config.model)
+    plan.evaluate("r1-zero", zero)
+    rows = _cold_start(plan, zero)
+    dev1 = plan.tune("cold-start-sft", config.model, rows)
+    plan.evaluate("dev1", dev1)
+    dev2 = plan.train("reasoning-rl", dev1)
+    plan.evaluate("dev2", dev2)
+    samples = plan.sample("rejection-samples", dev2)
+    rows = plan.select("rejection-filter", samples, is_cold_start=False)
+    dev3 = plan.tune("rejection-sft", config.model, rows)
+    plan.evaluate("dev3", dev3)
+    r1 = plan.train("general-rl", dev3)
+    plan.evaluate("r1", r1)
+    if config.small_model is not None:
+        distilled = plan.tune("distill", config.small_model, rows)
+        plan.evaluate("distilled", distilled)
+    plan.results()
+    plan.check_names()
+    return plan.stages
+
+
+def _cold_start(plan: "_Plan", zero: Path) -> Path:
+    """The rows of the cold start."""
+    config = plan.config
+    samples = plan.sample("cold-start-samples", zero)
+    rows = plan.select("cold-start-filter", samples, is_cold_start=True)
+    if config.rewrite is None:
+        return rows
+    if is_rule(config.rewrite):
+        rule = RewriteByRule(rows=rows, rule=config.rewrite, template=config.template)
+        return plan.add("cold-start-rewrite", (rows,), (ROWS, COUNTS), step=rule)
+    requests = plan.add(
+        "cold-start-requests",
+        (rows,),
+        (REQUESTS,),
+        step=WriteRequests(rows=rows, template=config.template),
+    )
+    rewritten = plan.sample("cold-start-rewriting", config.rewrite, requests)
+    reader = ReadRewrites(rows=rows, rewrites=rewritten, template=config.template)
+    return plan.add("cold-start-rewrite", (rows, rewritten), (ROWS, COUNTS), step=reader)
+
+
+class _Plan:
+    """Stages as they are added, numbered in their order."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config, self.given = config, config.given_paths
+        self.stages: list[Stage] = []
+        self.names: list[str] = []
+        self.evaluated: dict[str, Path] = {}
+
+    def add(
+        self,
+        name: str,
+        inputs: tuple[Path, ...],
+        outputs: tuple[str, ...],
+        *,
+        command: tuple[str, ...] = (),
+        step: FileStep | None = None,
+    ) -> Path:
+        """Adds a stage; the path of what it leaves to later ones."""
+        self.names.append(name)
+        if name in self.given:
+            return self.given[name]
+        stage = Stage(
+            name=name,
+            folder=self.folder(name),
+            inputs=inputs,
+            outputs=outputs,
+            command=command,
+            step=step,
+        )
+        self.stages.append(stage)
+        return stage.output
+
+    def folder(self, name: str) -> Path:
+        """Where the stage of that name, the last one, writes."""
+        at = self.names.index(name) if name in self.names else len(self.names)
+        return self.config.run_folder / STAGES_FOLDER / f"{at + 1:02d}-{name}"
+
+    def train(self, name: str, model: str | Path) -> Path:
+        """Adds a stage of reinforcement learning; its model."""
+        config = self.config
+        flags = [*self._common(name, model), *flags_for([("run_dir", self.folder(name))])]
+        flags = merged_flags([*flags, *config.flags_of("rl", name)])
+        command = (TRAIN, config.rl_preset, *flags)
+        return self.add(name, (*_paths(model), *self._data_files()), (MODEL,), command=command)
+
+    def tune(self, name: str, model: str, rows: Path) -> Path:
+        """Adds a stage of supervised fine-tuning; its model."""
+        config = self.config
+        flags = flags_for(
+            [
+                ("model", model),
+                ("template", config.template),
+                ("seed", self._seed(name)),
+                ("dataset", rows),
+                ("run_dir", self.folder(name)),
+            ]
+        )
+        flags = merged_flags([*flags, *config.flags_of("sft", name)])
+        return self.add(name, (*_paths(model), rows), (MODEL,), command=(SFT, *flags))
+
+    def sample(self, name: str, model: str | Path, requests: Path | None = None) -> Path:
+        """Adds a stage that samples a model on training problems, or a rewriter on requests."""
+        config = self.config
+        inputs = (*_paths(model), *self._data_files())
+        if requests is None:
+            flags = [*self._common(name, model), "--problems", "training"]
+        else:
+            inputs = (*_paths(model), requests)
+            of_requests = [("model", model), ("template", "chat"), ("seed", self._seed(name))]
+            flags = flags_for([*of_requests, ("dataset", requests), ("problems", "all")])
+        flags += flags_for([("out", self.folder(name) / SAMPLES)])
+        flags = merged_flags([*flags, *config.flags_of("samples", name)])
+        return self.add(name, inputs, (SAMPLES,), command=(SAMPLE, *flags))
+
+    def select(self, name: str, samples: Path, *, is_cold_start: bool) -> Path:
+        """Adds a stage that keeps right and readable samples, and adds general data."""
+        config = self.config
+        general = None if is_cold_start else config.general_data
+        inputs = (samples,) if general is None else (samples, general.expanduser().absolute())
+        step = SelectSamples(
+            samples=samples,
+            template=config.template,
+            limits=config.cold_start_limits if is_cold_start else config.rejection_limits,
+            readable=None if is_cold_start else config.readable,
+            most_per_question=config.most_per_question,
+            general=None if general is None else inputs[1],
+        )
+        return self.add(name, inputs, (ROWS, COUNTS), step=step)
+
+    def evaluate(self, label: str, model: str | Path) -> None:
+        """Adds a stage that samples a model on the held-out problems."""
+        name = f"evaluate-{label}"
+        flags = [*self._common("evaluate", model), "--problems", "held-out"]
+        flags += flags_for([("out", self.folder(name) / SAMPLES)])
+        flags = merged_flags([*flags, *self.config.flags_of("samples", "evaluate", name)])
+        inputs = (*_paths(model), *self._data_files())
+        self.evaluated[label] = self.add(name, inputs, (SAMPLES,), command=(SAMPLE, *flags))
+
+    def results(self) -> None:
+        """Adds the stage that writes the table."""
+        step = WriteResults(
+            samples=tuple(self.evaluated.items()),
+            template=self.config.template,
+            limits=self.config.rejection_limits,
+            readable=self.config.readable,
+        )
+        outputs = (RESULTS, "results.md")
+        self.add("results", tuple(self.evaluated.values()), outputs, step=step)
+
+    def check_names(self) -> None:
+        """Raises UsageError if an option names a stage that there is not."""
+        config = self.config
+        wanted = [("--only", config.only), ("--from", config.from_stage)]
+        wanted += [("--until", config.until), *(("--given", name) for name in self.given)]
+        wanted += [("--flags", name) for name in sorted(config.flagged - set(KINDS))]
+        for flag, name in wanted:
+            if name is not None and name not in self.names:
+                also = f" (or {', '.join(KINDS)})" if flag == "--flags" else ""
+                raise UsageError(
+                    f"{flag}: expected one of {', '.join(self.names)}{also}, got {name!r}"
+                )
+        made = {stage.name for stage in self.stages}
+        for flag, name in (("--only", config.only), ("--from", config.from_stage)):
+            if name is not None and name not in made:
+                raise UsageError(f"{flag}: {name} is not made, since --given has its result")
+
+    def _common(self, name: str, model: str | Path) -> list[str]:
+        config = self.config
+        values = [("model", model), ("template", config.template), ("seed", self._seed(name))]
+        return flags_for([*values, *values_of(config.data)])
+
+    def _seed(self, name: str) -> int:
+        """Another one for every stage, so that none sees the problems of the one before in its
+        order."""
+        return derive_key(self.config.seed, f"stage {name}") % 2**31
+
+    def _data_files(self) -> tuple[Path, ...]:
+        named = (self.config.data.dataset, self.config.data.eval_dataset)
+        return tuple(Path(name).absolute() for name in named if name and Path(name).is_file())
+
+
+def _paths(model: str | Path) -> tuple[Path, ...]:
+    """The folder of a model that has one."""
+    path = Path(model).expanduser()
+    return (path.absolute(),) if isinstance(model, Path) or path.is_dir() else ()
