@@ -9,7 +9,6 @@ The child ends when its input does, so nothing outlives the grader's process.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -18,8 +17,7 @@ import sys
 from typing import BinaryIO
 
 from trainer.math_answers.comparison import compare, warm_up
-
-_PR_SET_PDEATHSIG = 1
+from trainer.stop_signal import die_with_parent
 
 
 def main() -> None:
@@ -50,7 +48,7 @@ def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
 def _answer_requests(
     requests: BinaryIO, replies: BinaryIO, memory_bytes: int, cpu_seconds: float
 ) -> None:
-    _die_with_parent()
+    die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     for line in requests:
         request = json.loads(line)
@@ -58,11 +56,6 @@ def _answer_requests(
         correct, status = compare(request["golds"], request["answer"], request["mode"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(replies, {"id": request["id"], "correct": correct, "status": status})
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _send(replies: BinaryIO, reply: dict[str, object]) -> None:
