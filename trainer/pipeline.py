@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def run_pipeline(config: PipelineConfig) -> None:
         stack.callback(stop_world)
         from_main_rank(world, lambda: _claim(config, stages, stack))
         for stage in selected_stages(config, stages):
-            if from_main_rank(world, lambda stage=stage: _is_left(config, stage)):
+            if from_main_rank(world, partial(_is_left, config, stage)):
                 _make(stage, config, world)
         if world.is_main:
             print(f"\nThe stages are complete: {config.run_folder / STAGES_FOLDER}")

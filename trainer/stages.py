@@ -184,16 +184,18 @@ class _Plan:
     def select(self, name: str, samples: Path, *, is_cold_start: bool) -> Path:
         """Adds a stage that keeps right and readable samples, and adds general data."""
         config = self.config
-        general = None if is_cold_start else config.general_data
-        inputs = (samples,) if general is None else (samples, general.expanduser().absolute())
+        general = None
+        if config.general_data is not None and not is_cold_start:
+            general = config.general_data.expanduser().absolute()
         step = SelectSamples(
             samples=samples,
             template=config.template,
             limits=config.cold_start_limits if is_cold_start else config.rejection_limits,
             readable=None if is_cold_start else config.readable,
             most_per_question=config.most_per_question,
-            general=None if general is None else inputs[1],
+            general=general,
         )
+        inputs = (samples,) if general is None else (samples, general)
         return self.add(name, inputs, (ROWS, COUNTS), step=step)
 
     def evaluate(self, label: str, model: str | Path) -> None:
