@@ -58,6 +58,8 @@ class PipelineConfig:
     data: DataOptions = field(default_factory=DataOptions)
     rl_preset: Annotated[str, tyro.conf.Suppress] = "r1-zero"
     """Preset of trainer/train.py that the stages of reinforcement learning start from."""
+    sft_preset: Annotated[str, tyro.conf.Suppress] = "r1-sft"
+    """Preset of trainer/sft.py that the stages of fine-tuning start from."""
     stage_flags: Annotated[StageFlags, tyro.conf.Suppress] = ()
     """Flags that the preset gives to stages, or to all of a kind."""
     cold_start_limits: Annotated[ReadabilityLimits, tyro.conf.Suppress] = ReadabilityLimits()

@@ -16,8 +16,8 @@ from typing import Any
 import regex
 
 from trainer.config import check_at_least
+from trainer.monitors import language_share
 from trainer.rewards.extraction import format_reward, thought
-from trainer.rewards.language import MIN_WORDS, count_words
 from trainer.rewards.penalties import repetition_penalty
 from trainer.run_log import Sample
 from trainer.templates import Template
@@ -39,9 +39,6 @@ _FENCE = regex.compile(r"^[ \t]*(?:```|~~~)", regex.MULTILINE)
 class ReadabilityLimits:
     """What a readable sample keeps to; None lets everything pass."""
 
-    languages: tuple[str, ...] = ("en", "zh")
-    """Languages that a question may be in, as ISO 639-1 codes; its thought should be in the same.
-    DeepSeek-R1 knows English and Chinese."""
     least_consistency: float | None = 0.9
     """Share of the thought's words that are in the question's language, at least."""
     repetition_words: int = 6
@@ -58,10 +55,6 @@ class ReadabilityLimits:
     """Whether fenced code may stand in the thought."""
 
     def __post_init__(self) -> None:
-        if not self.languages:
-            raise ValueError("languages: expected at least one language, got none")
-        for language in self.languages:
-            count_words("", language)
         check_at_least("repetition_words", self.repetition_words, 1)
         for name in ("least_words", "most_words", "most_paragraph_words"):
             check_at_least(name, getattr(self, name), 0)
@@ -100,22 +93,13 @@ def has_code_block(text: str) -> bool:
     return _FENCE.search(text) is not None
 
 
-def question_language(question: str, languages: Sequence[str]) -> str:
-    """That of the languages which most words of the question are in; the first of equals."""
-    return max(languages, key=lambda language: count_words(question, language).target)
-
-
-def thought_consistency(
-    question: str, completion: str, template: Template, languages: Sequence[str]
-) -> float | None:
-    """Share of the thought's words that are in the question's language; None for a thought of too
-    few words.
+def thought_consistency(question: str, completion: str, template: Template) -> float | None:
+    """Share of the thought's words that are in the question's language, by script; English where
+    the question has no words. None for a thought of too few words.
 
     Source: DeepSeek-R1, arXiv 2501.12948 v2, eq. 7.
     """
-    language = question_language(question, languages)
-    counts = count_words(thought(completion, template), language)
-    return counts.target / counts.total if counts.total >= MIN_WORDS else None
+    return language_share(thought(completion, template), question)
 
 
 def why_unreadable(
@@ -136,7 +120,7 @@ def why_unreadable(
     if repeated is not None and repeated_share(completion, limits.repetition_words) > repeated:
         return "repetition"
     if limits.least_consistency is not None:
-        consistency = thought_consistency(question, completion, template, limits.languages)
+        consistency = thought_consistency(question, completion, template)
         if consistency is not None and consistency < limits.least_consistency:
             return "language"
     thoughts, longest = thought(completion, template), limits.most_paragraph_words

@@ -63,11 +63,7 @@ def result_rows(
         "accuracy": share(values(lambda one: float(one.correct))),
         "format": share(values(lambda one: one.parts.get("format"))),
         "consistency": share(
-            values(
-                lambda one: thought_consistency(
-                    one.question, one.completion, template, limits.languages
-                )
-            )
+            values(lambda one: thought_consistency(one.question, one.completion, template))
         ),
         "readable": share(values(is_readable)),
         "length/mean": mean(values(lambda one: float(one.length))),

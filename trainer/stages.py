@@ -165,7 +165,9 @@ class _Plan:
             ]
         )
         flags = merged_flags([*flags, *config.flags_of("sft", name)])
-        return self.add(name, (*_paths(model), rows), (MODEL,), command=(SFT, *flags))
+        return self.add(
+            name, (*_paths(model), rows), (MODEL,), command=(SFT, config.sft_preset, *flags)
+        )
 
     def sample(self, name: str, model: str | Path, requests: Path | None = None) -> Path:
         """Adds a stage that samples a model on training problems, or a rewriter on requests."""
