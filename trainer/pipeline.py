@@ -91,10 +91,8 @@ def run_pipeline(config: PipelineConfig) -> None:
 def _join_ranks() -> World:
     """The processes that torchrun started, or this one alone; no accelerator is touched."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    store = dist.HashStore() if size == 1 else None
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=size, store=store, timeout=COLLECTIVE_TIMEOUT
-    )
+    if size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     return World(rank=rank, size=size, device=torch.device("cpu"))
 
 
