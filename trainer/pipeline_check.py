@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.command_line import parse_command_line
+from trainer.command_line import parse_command_line, parse_config
 from trainer.config import DataOptions, TrainConfig, UsageError
 from trainer.model_loading import EMBEDDED_MODELS, resolve_model
 from trainer.pipeline_options import PipelineConfig
@@ -21,6 +21,8 @@ from trainer.sample_files import (
     read_rows,
     read_samples,
 )
+from trainer.sft_presets import DEFAULT_PRESET as SFT_DEFAULT
+from trainer.sft_presets import PRESETS as SFT_PRESETS
 from trainer.stages import SAMPLE, TRAIN, Stage
 from trainer.templates import template_by_name
 
@@ -118,12 +120,18 @@ def _check_command(stage: Stage, made: set[Path], data: dict[DataOptions, None])
     elif script == SAMPLE:
         options = parse_sample_options(flags)
     else:
+        tuning = parse_config(flags, SFT_PRESETS, SFT_DEFAULT, script)
+        _check_model(tuning.model, tuning.cache_dir, made)
         return
     check_rewards(options.reward)
-    # An embedded model is made when it is first used, which takes minutes.
-    if not (options.model in EMBEDDED_MODELS or Path(options.model) in made):
-        resolve_model(options.model, options.cache_dir, report=print)
+    _check_model(options.model, options.cache_dir, made)
     requests = Path(options.data.dataset)
     if options.data not in data and requests not in made:
         open_problems(options.data, options.seed)
         data[options.data] = None
+
+
+def _check_model(model: str, cache_dir: Path, made: set[Path]) -> None:
+    # An embedded model is made when it is first used, which takes minutes.
+    if not (model in EMBEDDED_MODELS or Path(model) in made):
+        resolve_model(model, cache_dir, report=print)
