@@ -355,8 +355,9 @@ def test_filters_that_leave_nothing_stop_before_the_fine_tuning(
     lines = [json.loads(line) | {"correct": False} for line in samples.open()]
     wrong = tmp_path / "samples.jsonl"
     wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = flags(inputs, tmp_path / "run", f"--given=cold-start-samples={wrong}")
-    error = error_of(run([*arguments[:-4], "--from=cold-start-filter", *arguments[-5:]]))
+    given = f"--given=cold-start-samples={wrong}"
+    span = ("--from=cold-start-filter", "--until=cold-start-sft")
+    error = error_of(run(flags(inputs, tmp_path / "run", given, *span)))
     assert "stage cold-start-filter: expected rows to learn from" in error
     assert f"got none (read {len(lines)}, wrong {len(lines)}" in error
     assert commands == []
