@@ -352,7 +352,8 @@ def test_filters_that_leave_nothing_stop_before_the_fine_tuning(
     inputs: Path, whole: Path, tmp_path: Path, run: Main, commands: list[str]
 ) -> None:
     samples = stage_folder(whole, "cold-start-samples") / "samples.jsonl"
-    lines = [json.loads(line) | {"correct": False} for line in samples.open()]
+    changed = {"correct": False, "truncated": False}
+    lines = [json.loads(line) | changed for line in samples.open()]
     wrong = tmp_path / "samples.jsonl"
     wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = f"--given=cold-start-samples={wrong}"
