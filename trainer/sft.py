@@ -113,6 +113,13 @@ def start_run(
     tokenizer = load_tokenizer(start)
     model, stored = open_model(start, report=log.message)
     check_vocabulary(tokenizer, model)
+    longest, text = data.store.longest(), model.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", longest)
+    if longest > positions:
+        log.message(
+            f"warning: the longest sequence has {longest} tokens, the model was made for "
+            f"{positions} positions"
+        )
     policy = make_policy(model, stored, config, world)
     run = SftRun(
         config=config,
