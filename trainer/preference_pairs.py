@@ -44,12 +44,14 @@ def conversation_ids(
     texts = [prompt + completion for prompt, completion in pairs]
     if has_template:
         texts = [
-            tokenizer.apply_chat_template(
-                [
-                    {"role": "user", "content": prompt},
-                    {"role": "assistant", "content": completion},
-                ],
-                tokenize=False,
+            str(
+                tokenizer.apply_chat_template(
+                    [
+                        {"role": "user", "content": prompt},
+                        {"role": "assistant", "content": completion},
+                    ],
+                    tokenize=False,
+                )
             )
             for prompt, completion in pairs
         ]

@@ -246,7 +246,8 @@ def start_model(
 ) -> PreTrainedModel:
     """The classifier to train, sharded; a new head derives from the seed."""
     torch.manual_seed(derive_key(options.seed, "reward head") >> 1)
-    model = load_classifier(source, tokenizer, torch.float32).to(world.device)
+    model = load_classifier(source, tokenizer, torch.float32)
+    model.to(world.device)  # type: ignore[arg-type]
     layers = [
         layer
         for blocks in model.modules()

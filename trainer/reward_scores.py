@@ -78,7 +78,9 @@ class RewardModel:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model with its weights."""
-        return load_classifier(self.folder, self.tokenizer, self.dtype).to(self.device).eval()
+        model = load_classifier(self.folder, self.tokenizer, self.dtype)
+        model.to(self.device)  # type: ignore[arg-type]
+        return model.eval()
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
