@@ -2,6 +2,7 @@
 
 `checkpoints/step-00020/` holds `model/` (a Hugging Face folder with the tokenizer, weights in
 float32), `optimizer*.safetensors`, `reference*.safetensors` where there is a reference model,
+`adapter/` (a folder of peft's) where adapters are trained, which `model/` then has merged into it,
 `state.json` and `checksums.json`. Every tensor is whole in the file of one rank, so a run may go on
 with another number of ranks, and transformers and vLLM load the model as it is. Each rank copies
 and writes its share; the files appear under another name and are renamed once all are on the disk
@@ -14,8 +15,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -28,12 +30,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from trainer.checkpoint_writing import BackgroundWriter, assign_owners, damage, numbered_name
 from trainer.config import UsageError
 from trainer.fsdp import World, from_main_rank, full_tensors, gather_in_order
+from trainer.lora import ADAPTER_FILE, Adapters, base_weights
 from trainer.model_loading import has_other_names_on_disk
 from trainer.policy import Policy
 from trainer.stored_tensors import StoredTensors
 
 FOLDER = "checkpoints"
-MODEL, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"
+MODEL, OPTIMIZER, REFERENCE, ADAPTER = "model", "optimizer", "reference", "adapter"
 STATE_FILE = "state.json"
 
 _NAME = re.compile(r"step-(\d{5,})")
@@ -148,10 +151,12 @@ class CheckpointStore:
         waited = time.perf_counter() - started if is_waiting else 0.0
         path = self.path(state.step)
         partial = path.with_name(f".{path.name}.partial")
-        weights, is_renamed = _distinct_state(policy), has_other_names_on_disk(policy.model)
+        is_renamed = has_other_names_on_disk(policy.model)
         # Renaming may regroup weights, so it takes all of them.
         ranks = 1 if is_renamed else self.world.size
-        owners = assign_owners({name: tensor.nbytes for name, tensor in weights}, ranks)
+        sizes = _sizes((*base_weights(policy.model), *_buffers(policy)))
+        owners = assign_owners(sizes, ranks)
+        trained_owners = assign_owners(_sizes(policy.trained()), ranks)
 
         def prepare() -> None:
             for left in self.folder.glob(".*.partial"):
@@ -160,21 +165,34 @@ class CheckpointStore:
             (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
             # Here, because a tokenizer must not be used by two threads.
             tokenizer.save_pretrained(partial / MODEL)
-            _write_model_files(partial / MODEL, policy, weights, owners)
+            _write_model_files(partial / MODEL, policy, sum(sizes.values()), owners)
+            if policy.adapters is not None:
+                (partial / ADAPTER).mkdir()
+                policy.adapters.write_config(partial / ADAPTER)
 
         from_main_rank(self.world, prepare)
-        model = self._copy(MODEL, weights, owners, is_last)
+        model = self._copy(MODEL, chain(policy.weights(), _buffers(policy)), owners, is_last)
         if is_renamed and model:
             restored = revert_weight_conversion(policy.model, model)
             model = {name: tensor.contiguous() for name, tensor in restored.items()}
-        moments = self._copy(OPTIMIZER, _optimizer_state(policy, optimizer), owners, is_last)
+        moments = _optimizer_state(policy, optimizer)
+        moments_copy = self._copy(OPTIMIZER, moments, trained_owners, is_last)
         references = reference.weights() if reference else ()
         references_copy = self._copy(REFERENCE, references, owners, is_last)
+        adapters = self._copy_adapters(policy.adapters, is_last)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        stems = {f"{MODEL}/{MODEL}": model, OPTIMIZER: moments, REFERENCE: references_copy}
-        name = _name_of_files(owners)
-        files = {name(stem, self.world.rank): share for stem, share in stems.items() if share}
+        files = {
+            _name_of_files(owned)(stem, self.world.rank): share
+            for stem, share, owned in (
+                (f"{MODEL}/{MODEL}", model, owners),
+                (OPTIMIZER, moments_copy, trained_owners),
+                (REFERENCE, references_copy, owners),
+            )
+            if share
+        }
+        if adapters:
+            files[f"{ADAPTER}/{ADAPTER_FILE}"] = adapters
         self._writer.start(path, partial, files, self._drop_old)
         return waited
 
@@ -227,6 +245,13 @@ class CheckpointStore:
                 share[name] = self._copies[key].copy_(tensor, non_blocking=True)
         return share
 
+    def _copy_adapters(self, adapters: Adapters | None, is_last: bool) -> dict[str, Tensor]:
+        """All of them on the main rank, since peft reads one file."""
+        if adapters is None:
+            return {}
+        state = dict(adapters.state())
+        return self._copy(ADAPTER, state.items(), dict.fromkeys(state, 0), is_last)
+
     def _drop_old(self) -> None:
         for step in self.steps()[: -self.keep]:
             # Renamed first, so that one half removed does not count.
@@ -245,7 +270,7 @@ def step_of(checkpoint: Path) -> int:
 def restore_optimizer(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Gives the optimizer the state it had, each rank reading its part."""
     stored = StoredTensors(checkpoint.glob(f"{OPTIMIZER}*.safetensors"))
-    weights = dict(policy.weights())
+    weights = dict(policy.trained())
     for key, shape in stored.shapes.items():
         entry, _, name = key.partition("/")
         weight = weights[name]
@@ -261,8 +286,13 @@ def restore_reference(checkpoint: Path, reference: Policy) -> None:
         stored.read_into(name, weight)
 
 
+def restore_adapters(checkpoint: Path, adapters: Adapters) -> None:
+    """Gives the adapters the weights they had, each rank reading its part."""
+    adapters.restore(StoredTensors([checkpoint / ADAPTER / ADAPTER_FILE]))
+
+
 def _write_model_files(
-    folder: Path, policy: Policy, weights: Sequence[tuple[str, Tensor]], owners: Mapping[str, int]
+    folder: Path, policy: Policy, total_bytes: int, owners: Mapping[str, int]
 ) -> None:
     """What a Hugging Face folder holds besides tokenizer and tensors."""
     config = copy.deepcopy(policy.model.config)
@@ -272,7 +302,7 @@ def _write_model_files(
     if len(set(owners.values())) > 1:
         name = _name_of_files(owners)
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for _, tensor in weights)},
+            "metadata": {"total_size": total_bytes},
             "weight_map": {each: name(MODEL, owner) for each, owner in sorted(owners.items())},
         }
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -284,17 +314,19 @@ def _name_of_files(owners: Mapping[str, int]) -> Callable[[str, int], str]:
     return lambda stem, rank: numbered_name(stem, writers.index(rank), len(writers))
 
 
-def _distinct_state(policy: Policy) -> list[tuple[str, Tensor]]:
-    """The model's state without the second names of tied weights."""
-    every = {name for name, _ in policy.model.named_parameters(remove_duplicate=False)}
-    tied = every - {name for name, _ in policy.weights()}
-    state = policy.model.state_dict()
-    return [(name, tensor) for name, tensor in state.items() if name not in tied]
+def _buffers(policy: Policy) -> list[tuple[str, Tensor]]:
+    """What a file of the model holds besides weights."""
+    saved = policy.model.state_dict().keys()
+    return [(name, buffer) for name, buffer in policy.model.named_buffers() if name in saved]
+
+
+def _sizes(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in named}
 
 
 def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     return [
         (f"{entry}/{name}", value)
-        for name, parameter in policy.weights()
+        for name, parameter in policy.trained()
         for entry, value in optimizer.state[parameter].items()
     ]

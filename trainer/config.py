@@ -239,8 +239,8 @@ class LossOptions:
     kl: Literal["none", "k1", "k2", "k3"] | None = None
     """Estimator of the KL divergence from the reference model."""
     kl_weight: float | None = None
-    """Weight of that KL term; above 0 a frozen copy of the starting model is kept as the
-    reference."""
+    """Weight of that KL term; above 0 a frozen copy of the starting model is kept as the reference
+    (with --lora-rank it is the model without its adapters)."""
     entropy_weight: float | None = None
     """Weight of the entropy bonus."""
     aggregation: (
@@ -366,6 +366,25 @@ class ShardingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters trained in place of the weights (pip install 'onepass-rl[lora]')."""
+
+    lora_rank: int = 0
+    """Rank of the adapters, which alone are trained; 0 trains all weights."""
+    lora_alpha: int = 32
+    """What adapters add is scaled by this over the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get adapters, by the last part of their names (q_proj v_proj); none given: all
+    linear ones of the decoder layers."""
+
+    def __post_init__(self) -> None:
+        check_at_least("--lora-rank", self.lora_rank, 0)
+        check_at_least("--lora-alpha", self.lora_alpha, 1)
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError("--lora-targets: expected --lora-rank above 0 with it, got 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions:
     """Held-out evaluation at the start, during the run and at its end."""
 
@@ -428,6 +447,7 @@ class RunConfig:
     """Threads of each process on the CPU; None leaves it to torch."""
     cache_dir: Path = Path("~/.cache/onepass-rl")
     """Where the embedded models are kept between runs."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
     sharding: ShardingOptions = field(default_factory=ShardingOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
@@ -499,6 +519,11 @@ class TrainConfig(RunConfig):
             )
         if self.optimizer.reference_reset_every is not None and not self.loss_spec.kl_weight:
             raise ValueError("--reference-reset-every: expected --kl-weight above 0 with it, got 0")
+        if self.optimizer.reference_reset_every is not None and self.lora.lora_rank:
+            raise ValueError(
+                "--reference-reset-every: expected None with --lora-rank, whose reference is the "
+                f"model without adapters, got {self.optimizer.reference_reset_every}"
+            )
 
     @property
     def loss_spec(self) -> LossSpec:

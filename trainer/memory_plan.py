@@ -22,6 +22,7 @@ from kernels.linear_head import CHUNK_BYTES
 from trainer.config import TrainConfig
 from trainer.exact_head import BLOCK_ROWS
 from trainer.kept_activations import ATTENTION, activation_bytes
+from trainer.lora import Adapters
 from trainer.parity import WINDOW_TOKENS
 
 PHASES = ("rollout", "forward", "backward")
@@ -124,7 +125,14 @@ class _ModelSizes:
         self.vocabulary, self.width = head.shape
         self.is_tied = head is self.model.get_input_embeddings().weight
         self.layers = list(self.model.get_decoder().layers)
-        self.numel = _numel(self.model)
+        # Of the model that is sampled from, which has no adapters.
+        self.sampled_numel = _numel(self.model)
+        self.has_adapters, self.merged_numel = config.lora.lora_rank > 0, 0
+        if self.has_adapters:
+            adapted = Adapters(self.model, config.lora).layers.values()
+            self.model.to(self.dtype)
+            self.merged_numel = sum(layer.base_layer.weight.numel() for layer in adapted)
+        self.numel, self.trained_numel = _numel(self.model), _trained_numel(self.model)
         self.layer_numel = max(map(_numel, self.layers))
         self.root_numel = self.numel - sum(map(_numel, self.layers))
         heads = text.num_attention_heads
@@ -141,31 +149,36 @@ def _numel(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
+def _trained_numel(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
 def _weight_parts(
     sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str
 ) -> Iterator[MemoryPart]:
     shards = ranks // config.sharding.replicate
-    own = -(-sizes.numel // shards) * FLOAT32
+    own, trained = (-(-count // shards) * FLOAT32 for count in (sizes.numel, sizes.trained_numel))
     on_cpu = device == "cpu"
     on_host = on_cpu or config.sharding.cpu_offload
     more_ranks = "more ranks" if on_cpu else "--cpu-offload True or more ranks"
-    has_reference = bool(config.loss_spec.kl_weight)
+    # With adapters it is the model without them.
+    has_reference = bool(config.loss_spec.kl_weight) and not sizes.has_adapters
     smaller = "a smaller --model"
     # Kept in host memory from the first checkpoint on; each rank has its share of whole tensors.
     yield MemoryPart(
         name="checkpoint being written",
-        bytes=-(-sizes.numel // ranks) * FLOAT32 * (3 + has_reference),
+        bytes=-(-(sizes.numel * (1 + has_reference) + 2 * sizes.trained_numel) // ranks) * FLOAT32,
         phases=PHASES,
         knob="more ranks" if ranks == 1 else smaller,
         on_host=True,
     )
-    for name, copies, phases, knob in (
-        ("weights", 1, PHASES, more_ranks),
-        ("optimizer", 2, PHASES, more_ranks),
-        ("gradients", 1, UPDATE, more_ranks),
-        ("reference", int(has_reference), PHASES, "--kl-weight 0 or more ranks"),
+    for name, size, phases, knob in (
+        ("weights", own, PHASES, more_ranks),
+        ("optimizer", 2 * trained, PHASES, more_ranks),
+        ("gradients", trained, UPDATE, more_ranks),
+        ("reference", own * has_reference, PHASES, "--kl-weight 0 or more ranks"),
     ):
-        yield MemoryPart(name=name, bytes=own * copies, phases=phases, knob=knob, on_host=on_host)
+        yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=on_host)
     if not is_sharded(config, ranks):
         return
     # FSDP gathers the next layer while one is computed, and keeps the root gathered throughout.
@@ -212,8 +225,9 @@ def _sampler_parts(
     for name, size, phases, knob in (
         (
             "sampler's weights",
-            # One rank in float32 samples from the policy's own.
-            sizes.numel * sizes.itemsize * is_sharded(config, ranks),
+            # One rank in float32 samples from the policy's own, where these are not merged.
+            (sizes.sampled_numel if is_sharded(config, ranks) else sizes.merged_numel)
+            * sizes.itemsize,
             PHASES,
             "--rollout vllm" if not on_cpu else "a smaller --model",
         ),
@@ -237,7 +251,7 @@ def _cache_room(prompt_tokens: int, longest: int) -> int:
 def _vllm_parts(
     sizes: _ModelSizes, config: TrainConfig, device: str, device_bytes: int | None
 ) -> Iterator[MemoryPart]:
-    weights = sizes.numel * sizes.itemsize // config.rollout.vllm_tensor_parallel
+    weights = sizes.sampled_numel * sizes.itemsize // config.rollout.vllm_tensor_parallel
     if device == "cpu":
         smaller = "a smaller --model"
         for name, size, knob in (
@@ -286,6 +300,8 @@ def _update_parts(
     whole = embedding * itemsize * 2
     if is_sharded(config, ranks):
         whole += sizes.root_numel * FLOAT32
+    if sizes.has_adapters:
+        whole = 0
     buffers = completions * rollout.max_new_tokens * (8 + 3 * FLOAT32)
     for name, size, phases, knob in (
         (
@@ -320,6 +336,8 @@ def _head_bytes(
     weight_gradient = rows * sizes.width * FLOAT32
     if sizes.itemsize < FLOAT32:
         weight_gradient += rows * sizes.width * sizes.itemsize
+    if sizes.has_adapters:
+        weight_gradient = 0
     gate = 0
     if config.parity_every:
         gate = PARITY_MATRICES * min(WINDOW_TOKENS, tokens) * rows * 8

@@ -26,6 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from trainer.config import UsageError
+from trainer.lora import base_weights
 from trainer.stored_tensors import StoredTensors
 from trainer.suites import EMBEDDED_TASKS, TASK_OF_MODEL
 from trainer.tiny_model import SETTINGS, PretrainingSettings, base_model_folder
@@ -155,7 +156,8 @@ def read_weights(
     *,
     offload: bool = False,
 ) -> None:
-    """Gives a model of `open_model` memory and the stored weights, each rank its part.
+    """Gives a model of `open_model` memory and the stored weights, each rank its part; adapters
+    are left to be filled.
 
     Args:
         root: the model, or the module around it that was sharded.
@@ -172,7 +174,7 @@ def read_weights(
         setattr(module, name, buffer.to(device))
     # Each name of a tied weight was given memory of its own.
     model.tie_weights()
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_weights(model):
         stored.read_into(name, parameter)
     for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
         stored.read_into(name, model.get_buffer(name))

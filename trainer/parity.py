@@ -7,7 +7,7 @@ the same hidden states and head weight, in plain PyTorch and float64:
   a ratio next to its clip falls on the same side, and sequences are whole),
 - from those derivatives the gradient by the hidden states of the drawn tokens, and the gradient by
   some rows of the weight, of all tokens: up to SAMPLED_ROWS rows of target tokens, and as many
-  spread evenly over the vocabulary.
+  spread evenly over the vocabulary (nothing of a weight that is frozen).
 
 How far off each may be stands in `exact_head.py`. NaN is a breach.
 
@@ -111,7 +111,8 @@ class HeadCheck:
         with torch.no_grad():
             self._recompute(hidden_ND, weight_WD, token_ids_N, old_logprobs_N, result, options)
         hidden_ND.register_hook(self._keep_hidden_grad)
-        weight_WD.register_hook(self._keep_weight_grad)
+        if weight_WD.requires_grad:
+            weight_WD.register_hook(self._keep_weight_grad)
         return result
 
     def compare(self, step: int) -> dict[str, float]:
@@ -168,7 +169,8 @@ class HeadCheck:
             operand_roundoff=roundoff(hidden_ND.dtype) if hidden_ND.is_cuda else 0.0,
         )
         window = head.window(tokens.at(self.tokens_n))
-        self.hidden, self.rows = window.hidden_grad, head.weight_rows(tokens, self.rows_R)
+        self.hidden = window.hidden_grad
+        self.rows = head.weight_rows(tokens, self.rows_R) if weight_WD.requires_grad else None
         # Where float64 finds no number either, the run ends for what is not finite in the model.
         self.checkable = bool(window.logprobs.exact.isfinite().all() | result.loss.isfinite())
         if not self.checkable:
@@ -182,7 +184,8 @@ class HeadCheck:
 
     def _compare_gradients(self) -> None:
         self._compare(HIDDEN_GRADIENT, self.hidden_grad_nD, self.hidden)
-        self._compare(WEIGHT_GRADIENT, self.weight_grad_RD, self.rows)
+        if self.rows is not None:
+            self._compare(WEIGHT_GRADIENT, self.weight_grad_RD, self.rows)
 
     def _compare(self, tensor: str, computed: Tensor, exact: Exact) -> None:
         """Keeps the entry or row whose error is the largest share of its bound."""

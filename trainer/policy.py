@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from kernels import VocabShard
 from trainer.attention import PACKED
 from trainer.config import ShardingOptions
 from trainer.fsdp import World, shard_head, shard_model
+from trainer.lora import Adapters
 from trainer.packing import PackedTokens
+from trainer.stored_tensors import local_part
 
 T = TypeVar("T")
 
@@ -30,12 +31,13 @@ class Policy(nn.Module):
 
     Args:
         model: attends to packed sequences only from here on.
+        adapters: those in the model, None where its weights are trained.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         model.set_attn_implementation(PACKED)
-        self.model = model
+        self.model, self.adapters = model, adapters
         self.vocab: VocabShard | None = None
 
     def forward(
@@ -63,8 +65,8 @@ class Policy(nn.Module):
         weight, bias = output.weight, output.bias
         if self.vocab is not None:
             hidden_ND = _GatherRows.apply(hidden_ND, rows_of_ranks, self.vocab.group)
-            weight = _local(weight).to(hidden_ND.dtype)
-            bias = None if bias is None else _local(bias).to(hidden_ND.dtype)
+            weight = local_part(weight).to(hidden_ND.dtype)
+            bias = None if bias is None else local_part(bias).to(hidden_ND.dtype)
         return head(hidden_ND, weight, bias)
 
     def shard(self, world: World, dtype: torch.dtype, options: ShardingOptions) -> None:
@@ -94,23 +96,30 @@ class Policy(nn.Module):
             FSDPModule.reshard(self)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Hugging Face names and the weights, sharded where the policy is."""
+        """Hugging Face names and the weights, adapters merged into them, sharded where the policy
+        is.
+
+        Collectives: with adapters, those of `Adapters.merged_weights`.
+        """
+        if self.adapters is not None:
+            return self.adapters.merged_weights()
         return self.model.named_parameters()
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What updates change, by the names it has in the model."""
+        named = self.model.named_parameters()
+        return [(name, weight) for name, weight in named if weight.requires_grad]
 
     @torch.no_grad()
     def copy_weights(self, other: "Policy") -> None:
         """Takes the weights of a policy of the same shape and sharding."""
-        for (_, mine), (_, theirs) in zip(self.weights(), other.weights(), strict=True):
+        for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
             mine.copy_(theirs)
 
     @property
     def softcap(self) -> float:
         """Tanh soft cap of the final logits, 0 for none."""
         return getattr(self.model.config, "final_logit_softcapping", None) or 0.0
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _GatherRows(torch.autograd.Function):

@@ -50,8 +50,9 @@ class PolicyUpdate:
 
     Args:
         policy: sharded already; its weights are updated in place.
-        reference: frozen, sharded like the policy; needed if the loss has a KL term.
-        optimizer: of the policy's parameters (`make_optimizer`).
+        reference: frozen, sharded like the policy; needed if the loss has a KL term, unless the
+            policy has adapters: then it is the policy without them.
+        optimizer: of what the policy trains (`make_optimizer`).
         config: of the run.
         world: the ranks it is sharded over.
     """
@@ -82,7 +83,7 @@ class PolicyUpdate:
         if not samples:
             return {}
         old = self._old_logprobs(samples)
-        ref = None if self.reference is None else self._logprobs(self.reference, samples)
+        ref = self._ref_logprobs(samples)
         options = self.config.optimizer
         per_update = []
         for epoch in range(options.inner_epochs):
@@ -100,6 +101,15 @@ class PolicyUpdate:
         if self.config.old_is_sampler:
             return [sample.sampler_logprobs for sample in samples]
         return None if self.config.on_policy else self._logprobs(self.policy, samples)
+
+    def _ref_logprobs(self, samples: Sequence[UpdateSample]) -> list[np.ndarray] | None:
+        """Log-probabilities under the reference, float32 `[n]` each; None where there is none."""
+        if self.reference is not None:
+            return self._logprobs(self.reference, samples)
+        if self.policy.adapters is None or not self.spec.kl_weight:
+            return None
+        with self.policy.adapters.disabled():
+            return self._logprobs(self.policy, samples)
 
     def _update(
         self,

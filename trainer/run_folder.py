@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from trainer.checkpoints import ADAPTER, MODEL
 from trainer.checkpoints import FOLDER as CHECKPOINTS
-from trainer.checkpoints import MODEL
 from trainer.config import RunConfig, UsageError
 from trainer.durable import write_atomically
 from trainer.report import write_report
@@ -122,12 +122,14 @@ def finish_run_folder(
         checkpoint: of the last step.
         results: metrics whose first and last values are told: name for people, factor, and form.
     """
-    exported = folder / MODEL
-    temporary = folder / f".{MODEL}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / MODEL, temporary)
-    shutil.rmtree(exported, ignore_errors=True)
-    temporary.rename(exported)
+    for name in (MODEL, ADAPTER):
+        if not (checkpoint / name).is_dir():
+            continue
+        exported, temporary = folder / name, folder / f".{name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(checkpoint / name, temporary)
+        shutil.rmtree(exported, ignore_errors=True)
+        temporary.rename(exported)
     write_report(folder)
     return "\n".join([*_changes(folder, results), *result_paths(folder)])
 
@@ -138,6 +140,7 @@ def result_paths(folder: Path) -> list[str]:
         f"report  {folder / 'report.html'}",
         f"curves  {folder / 'curves.png'}",
         f"model   {folder / MODEL}",
+        *([f"adapter {folder / ADAPTER}"] if (folder / ADAPTER).is_dir() else []),
     ]
 
 

@@ -11,6 +11,7 @@ import kernels
 from trainer.checkpoints import MODEL, CheckpointStore, step_of
 from trainer.config import RunConfig, TrainConfig, UsageError
 from trainer.fsdp import World, from_main_rank, full_tensors
+from trainer.lora import Adapters, check_lora
 from trainer.memory_check import check_memory
 from trainer.memory_plan import plan_memory
 from trainer.model_loading import (
@@ -72,6 +73,7 @@ def start_run(
     check_backend(config.backend)
     # Refused before the minutes that loading may take.
     check_rewards(config.reward)
+    check_lora(config.lora)
     template = named_template(config.template)
     source, held_out = open_problems(config.data, config.seed)
     log = RunLog(
@@ -114,7 +116,7 @@ def start_run(
     sampler = _make_sampler(config, model, start, tokenizer, template, world, log)
     policy = make_policy(model, stored, config, world)
     reference = None
-    if config.loss_spec.kl_weight:
+    if config.loss_spec.kl_weight and policy.adapters is None:
         model, stored = open_model(start, report=log.message)
         reference = make_policy(model, stored, config, world).requires_grad_(False)
     optimizer = make_optimizer(policy, config.optimizer)
@@ -198,7 +200,8 @@ def start_of_weights(
     config: RunConfig, checkpoint: Path | None, report: Callable[[str], None]
 ) -> str:
     """The folder or hub name that the weights are read from; they are on this machine then."""
-    if checkpoint is not None:
+    # A checkpoint has adapters merged into the weights, which cannot be undone to the bit.
+    if checkpoint is not None and not config.lora.lora_rank:
         return str(checkpoint / MODEL)
     start = resolve_model(config.model, config.cache_dir, report=report)
     try:
@@ -211,14 +214,18 @@ def start_of_weights(
 def make_policy(
     model: PreTrainedModel, stored: StoredTensors | None, config: RunConfig, world: World
 ) -> Policy:
-    """A model of `open_model`, sharded; each rank reads its part of the weights."""
+    """A model of `open_model`, sharded, with new adapters if `--lora-rank` says so; each rank reads
+    its part of the weights."""
     if stored is None:
         model.to(world.device)  # type: ignore[arg-type]
-    policy = Policy(model)
+    adapters = Adapters(model, config.lora) if config.lora.lora_rank else None
+    policy = Policy(model, adapters)
     policy.shard(world, getattr(torch, config.dtype), config.sharding)
     if stored is not None:
         offload = config.sharding.cpu_offload
         read_weights(policy, model, stored, world.device, offload=offload)
+    if adapters is not None:
+        adapters.initialise(config.seed)
     return policy
 
 

@@ -37,10 +37,15 @@ class StoredTensors:
                 f"{name}: expected the shape {tuple(target.shape)}, got {self.shapes[name]} in "
                 f"{self._file_of[name]}"
             )
-        local = target.to_local() if isinstance(target, DTensor) else target
+        local = local_part(target)
         if local.numel():
             with safe_open(self._file_of[name], framework="pt") as opened:
                 local.copy_(opened.get_slice(name)[local_slices(target)])
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:

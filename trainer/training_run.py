@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.checkpoints import (
     CheckpointStore,
     RunState,
+    restore_adapters,
     restore_optimizer,
     restore_reference,
     step_of,
@@ -76,10 +77,12 @@ class TrainingRun:
 
     def weights_checksum(self) -> str:
         """Of the policy, as it is now."""
-        return weights_checksum(self.world, self.policy.weights())
+        # Not of merged weights, which round in another way on another number of ranks.
+        return weights_checksum(self.world, self.policy.model.named_parameters())
 
     def restore(self, checkpoint: Path) -> None:
-        """Gives a run whose weights are those of the checkpoint the rest of its state.
+        """Gives a run whose weights are those of the checkpoint (with adapters: of the base) the
+        rest of its state.
 
         Raises:
             UsageError: the state is that of another run, or of other weights.
@@ -91,6 +94,8 @@ class TrainingRun:
             )
         self.drawn = state.problems
         restore_optimizer(checkpoint, self.policy, self.optimizer)
+        if self.policy.adapters is not None:
+            restore_adapters(checkpoint, self.policy.adapters)
         if self.reference is not None:
             restore_reference(checkpoint, self.reference)
         if state.weights != self.weights_checksum():

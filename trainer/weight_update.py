@@ -14,9 +14,9 @@ BETAS = (0.9, 0.95)
 
 
 def make_optimizer(policy: Policy, options: UpdateOptions) -> torch.optim.AdamW:
-    """AdamW over the policy's parameters, sharded as they are."""
+    """AdamW over what the policy trains, sharded as it is."""
     return torch.optim.AdamW(
-        policy.parameters(),
+        [weight for _, weight in policy.trained()],
         lr=options.learning_rate,
         betas=BETAS,
         weight_decay=options.weight_decay,
@@ -70,7 +70,7 @@ def _require_finite(policy: Policy, step: int, loss: float, norm: Tensor) -> Non
         return
     what = f"the loss ({loss})"
     if loss_is_finite:
-        names = [name for name, weight in policy.weights() if _gradient_is_broken(weight)]
+        names = [name for name, weight in policy.trained() if _gradient_is_broken(weight)]
         what = f"the gradient of {names[0]}" if names else f"the gradient norm ({norm.item()})"
     raise NonFiniteError(f"step {step}: expected finite values, got {what} before the update")
 
