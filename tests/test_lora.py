@@ -36,10 +36,11 @@ from trainer.config import (
 from trainer.fsdp import World, full_tensors
 from trainer.lora import Adapters
 from trainer.policy import Policy
-from trainer.policy_update import PolicyUpdate, make_optimizer
+from trainer.policy_update import PolicyUpdate
 from trainer.run_log import read_metrics
 from trainer.stored_tensors import local_part, local_slices
 from trainer.testing import bigram_model, bigram_tokenizer
+from trainer.weight_update import make_optimizer
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)
@@ -91,7 +92,7 @@ def test_gradient_follows_from_that_of_the_merged_weights(budget: int) -> None:
     flat = plain_gradient(merged, config.loss_spec, SAMPLES)
     sizes = [weight.numel() for weight in merged.parameters()]
     by_weight = dict(zip(dict(merged.named_parameters()), flat.split(sizes), strict=True))
-    update = PolicyUpdate(policy, None, make_optimizer(policy, config), config, ALONE)
+    update = PolicyUpdate(policy, None, make_optimizer(policy, config.optimizer), config, ALONE)
     assert [len(group["params"]) for group in update.optimizer.param_groups] == [2 * 2 * 7]
     recorder = GradientRecorder(policy)
     recorder.param_groups = update.optimizer.param_groups
@@ -120,7 +121,9 @@ def test_update_changes_adapters_alone() -> None:
     policy, adapters = adapted(bigram_model(noise=0.1))
     config = make_config(KL, weight_decay=0.1)
     before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
-    PolicyUpdate(policy, None, make_optimizer(policy, config), config, ALONE)(SAMPLES, step=1)
+    PolicyUpdate(policy, None, make_optimizer(policy, config.optimizer), config, ALONE)(
+        SAMPLES, step=1
+    )
     trained = dict(policy.trained())
     assert len(trained) == len(dict(adapters.state()))
     for name, weight in policy.model.named_parameters():
@@ -153,8 +156,8 @@ def test_reference_is_the_base_bit_for_bit() -> None:
     config = make_config(KL)
     policy, _ = adapted(copy.deepcopy(base))
     plain = Policy(base)
-    of_adapted = PolicyUpdate(policy, None, make_optimizer(policy, config), config, ALONE)
-    of_base = PolicyUpdate(plain, None, make_optimizer(plain, config), config, ALONE)
+    of_adapted = PolicyUpdate(policy, None, make_optimizer(policy, config.optimizer), config, ALONE)
+    of_base = PolicyUpdate(plain, None, make_optimizer(plain, config.optimizer), config, ALONE)
     expected = of_base._logprobs(plain, SAMPLES)
     moved = of_adapted._logprobs(policy, SAMPLES)
     reference = of_adapted._ref_logprobs(SAMPLES)
@@ -162,7 +165,7 @@ def test_reference_is_the_base_bit_for_bit() -> None:
     for ours, theirs, adapted_logprobs in zip(reference, expected, moved, strict=True):
         assert (ours == theirs).all() and (adapted_logprobs != theirs).any()
     # A loss with a reference model of its own says the same of the KL.
-    own = PolicyUpdate(policy, plain, make_optimizer(policy, config), config, ALONE)
+    own = PolicyUpdate(policy, plain, make_optimizer(policy, config.optimizer), config, ALONE)
     states = copy.deepcopy(policy.state_dict())
     metrics = own(SAMPLES, step=1)
     policy.load_state_dict(states)
@@ -185,7 +188,9 @@ def test_folders_load_in_transformers_and_peft(kind: str, tmp_path: Path) -> Non
     policy, _ = adapted(copy.deepcopy(base))
     config = make_config(KL)
     store = CheckpointStore(tmp_path, keep=1, world=ALONE)
-    store.save(state_of(1), policy, make_optimizer(policy, config), None, bigram_tokenizer())
+    store.save(
+        state_of(1), policy, make_optimizer(policy, config.optimizer), None, bigram_tokenizer()
+    )
     store.wait()
     store.close(unexpected)
     exported = AutoModelForCausalLM.from_pretrained(store.path(1) / "model")
