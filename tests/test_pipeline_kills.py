@@ -23,12 +23,12 @@ from trainer.testing import write_bigram_model, write_sums
 from trainer.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 12
+STEPS = 8
 FLAGS = (
     f"rl: --steps {STEPS} --num-prompts 4 --group-size 4 --max-new-tokens 12 --eval-samples 1",
-    "rl: --save-every 3 --eval-every 0 --backend cpp --learning-rate 1e-2",
-    "samples: --max-new-tokens 12 --count 40 --samples 8 --problems-per-part 8",
-    "sft: --batch-size 8 --max-tokens 64",
+    "rl: --save-every 2 --eval-every 0 --backend cpp --learning-rate 1e-2",
+    "samples: --max-new-tokens 12 --count 40 --samples 8 --problems-per-part 4",
+    "sft: --batch-size 4 --max-tokens 64 --epochs 8 --save-every 10",
 )
 
 
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flags(inputs: Path, run_dir: Path, until: str) -> list[str]:
+def flags(inputs: Path, run_dir: Path, *more: str) -> list[str]:
     options: dict[str, object] = {
         "model": inputs / "model",
         "small_model": None,
@@ -50,10 +50,9 @@ def flags(inputs: Path, run_dir: Path, until: str) -> list[str]:
         "rewrite": None,
         "readable": None,
         "run_dir": run_dir,
-        "until": until,
     }
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return ["r1-tiny", *given, "--flags", *FLAGS]
+    return ["r1-tiny", *given, *more, "--flags", *FLAGS]
 
 
 def run_here(stage: Stage, environment: dict[str, str]) -> None:
@@ -76,7 +75,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_run_command", run_here)
-        assert main(flags(inputs, run_dir, "cold-start-sft")) == 0
+        assert main(flags(inputs, run_dir, "--until=cold-start-sft")) == 0
     torch.use_deterministic_algorithms(False)
     return run_dir
 
@@ -101,33 +100,49 @@ def outputs(run_dir: Path, name: str) -> Any:
     return record.outputs
 
 
-def test_job_killed_in_a_training_goes_on_to_the_same_bits(
-    inputs: Path, whole: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("folder", "begun", "given"),
+    [
+        ("02-r1-zero", "checkpoints/step-*", ()),
+        ("04-cold-start-samples", ".samples.jsonl.parts/part-00000.jsonl", ("r1-zero/model",)),
+        ("06-cold-start-sft", "checkpoints/step-*", ("cold-start-filter/rows.jsonl",)),
+    ],
+)
+def test_job_killed_in_a_stage_goes_on_to_the_same_bits(
+    inputs: Path, whole: Path, tmp_path: Path, folder: str, begun: str, given: tuple[str, ...]
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
-    job = launch(flags(inputs, run_dir, "r1-zero"), 1, output)
-    checkpoints = run_dir / "stages" / "02-r1-zero" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not list(checkpoints.glob("step-*")):
+    more = [f"--only={folder[3:]}"]
+    for path in given:
+        name, file = path.split("/")
+        (made,) = (whole / "stages").glob(f"??-{name}")
+        more.append(f"--given={name}={made / file}")
+    job = launch(flags(inputs, run_dir, *more), 1, output)
+    stage, deadline = run_dir / "stages" / folder, time.monotonic() + 240
+    while not list(stage.glob(begun)):
         assert job.poll() is None and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.01)
+        time.sleep(0.002)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    # The stage's process does not outlive it, and lets go of its folder.
-    with (run_dir / "stages" / "02-r1-zero" / ".lock").open("w") as lock:
+    _wait_until_alone(stage, deadline)
+    wanted = outputs(whole, folder)
+    assert not (stage / next(iter(wanted))).exists(), "the stage ended before it was killed"
+    assert main(flags(inputs, run_dir, *more)) == 0
+    assert outputs(run_dir, folder) == wanted
+
+
+def _wait_until_alone(stage: Path, deadline: float) -> None:
+    """Until the killed job's child, which does not outlive it, has let go of its folder."""
+    if not (stage / ".lock").exists():
+        return
+    with (stage / ".lock").open("w") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             except BlockingIOError:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-    metrics = run_dir / "stages" / "02-r1-zero" / "metrics.jsonl"
-    assert len(metrics.read_text().splitlines()) < STEPS + 1, "the run ended before it was killed"
-    assert main(flags(inputs, run_dir, "r1-zero")) == 0
-    assert outputs(run_dir, "02-r1-zero") == outputs(whole, "02-r1-zero")
-    last = Path("stages") / "02-r1-zero" / "rollouts" / f"step-{STEPS:05d}.jsonl"
-    assert (run_dir / last).read_bytes() == (whole / last).read_bytes()
 
 
 def test_pipeline_killed_at_the_end_of_every_stage_leaves_the_same_files(
@@ -147,8 +162,8 @@ def test_pipeline_killed_at_the_end_of_every_stage_leaves_the_same_files(
     monkeypatch.setattr(pipeline, "finish_stage", die_once)
     for _ in range(6):
         with pytest.raises(Killed):
-            main(flags(inputs, tmp_path, "cold-start-sft"))
-    assert main(flags(inputs, tmp_path, "cold-start-sft")) == 0
+            main(flags(inputs, tmp_path, "--until=cold-start-sft"))
+    assert main(flags(inputs, tmp_path, "--until=cold-start-sft")) == 0
     folders = sorted(folder.name for folder in (whole / "stages").iterdir())
     assert [name.split("-", 1)[1] for name in folders] == killed
     for name in folders:
@@ -176,8 +191,8 @@ def test_samples_killed_between_two_parts_are_completed_to_the_same_bytes(
         sample.main(arguments)
     assert not (tmp_path / "samples.jsonl").exists()
     assert sample.main(arguments) == 0
-    # Of five parts two were kept, and the third was begun twice.
-    assert len(parts) == 6
+    # Of ten parts two were kept, and the third was begun twice.
+    assert len(parts) == 11
     assert checksum(tmp_path / "samples.jsonl") == record.outputs["samples.jsonl"]
     assert sample.main([*arguments, "--top-p", "0.5"]) == 2
 
@@ -186,9 +201,9 @@ def test_two_ranks_go_through_stages_one_after_the_other(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
-    job = launch(flags(inputs, run_dir, "evaluate-r1-zero"), 2, output)
+    job = launch(flags(inputs, run_dir, "--until=r1-zero"), 2, output)
     assert job.wait(timeout=300) == 0, output.read_text()
     assert outputs(run_dir, "01-evaluate-base") == outputs(whole, "01-evaluate-base")
     lines = (run_dir / "stages" / "02-r1-zero" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
-    assert outputs(run_dir, "03-evaluate-r1-zero")
+    assert outputs(run_dir, "02-r1-zero")
