@@ -118,7 +118,7 @@ def test_job_killed_in_a_stage_goes_on_to_the_same_bits(
         (made,) = (whole / "stages").glob(f"??-{name}")
         more.append(f"--given={name}={made / file}")
     job = launch(flags(inputs, run_dir, *more), 1, output)
-    stage, deadline = run_dir / "stages" / folder, time.monotonic() + 240
+    stage, deadline = run_dir / "stages" / folder, time.monotonic() + 900
     while not list(stage.glob(begun)):
         assert job.poll() is None and time.monotonic() < deadline, output.read_text()
         time.sleep(0.002)
@@ -202,7 +202,7 @@ def test_two_ranks_go_through_stages_one_after_the_other(
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
     job = launch(flags(inputs, run_dir, "--until=r1-zero"), 2, output)
-    assert job.wait(timeout=300) == 0, output.read_text()
+    assert job.wait(timeout=900) == 0, output.read_text()
     assert outputs(run_dir, "01-evaluate-base") == outputs(whole, "01-evaluate-base")
     lines = (run_dir / "stages" / "02-r1-zero" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
