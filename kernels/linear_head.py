@@ -103,7 +103,7 @@ def wide_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def add_wide_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_wide_product(left: Tensor, right: Tensor, total: Tensor) -> None:
     """total += left @ right, as `wide_product`."""
     torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
@@ -227,9 +227,12 @@ class Gradients:
                 hidden_ND.shape, dtype=dtype if sharded else unscaled_dtype(hidden_ND.dtype)
             )
         if wanted[1]:
-            self.weight_WD = weight_WD.new_zeros(weight_WD.shape, dtype=dtype)
+            # The first chunk fills it; zeros would take as long as a good part of its products.
+            self.weight_WD = weight_WD.new_empty(weight_WD.shape, dtype=dtype)
+            self.weight_WD[len(head.weight_WD) :].zero_()
         if wanted[2] and bias_W is not None:
             self.bias_W = torch.zeros_like(bias_W, dtype=dtype)
+        self.is_first = True
         self.rounded_NW: Tensor | None = None
         if head.low_precision:
             self.rounded_NW = torch.empty_like(head.buffer_NW, dtype=settings.operand_dtype)
@@ -293,10 +296,15 @@ class Gradients:
                     part_nD.addmm_(grad_logits_nW[:, columns], block_bD)
             self.hidden_ND[rows] = part_nD.to(self.hidden_ND.dtype)
         if self.weight_WD is not None:
+            total_WD, grad_logits_Wn = self.weight_WD[:width], grad_logits_nW.t()
             if low_precision:
-                add_wide_product(self.weight_WD[:width], grad_logits_nW.t(), hidden_nD)
+                product = wide_product if self.is_first else add_wide_product
+                product(grad_logits_Wn, hidden_nD, total_WD)
+            elif self.is_first:
+                torch.mm(grad_logits_Wn, hidden_nD, out=total_WD)
             else:
-                self.weight_WD[:width].addmm_(grad_logits_nW.t(), hidden_nD)
+                total_WD.addmm_(grad_logits_Wn, hidden_nD)
+        self.is_first = False
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the inputs, for float16 in float32; ends the work of the
@@ -305,6 +313,8 @@ class Gradients:
         Collectives: with a vocabulary shard, all_reduce(sum) of the hidden gradient.
         """
         vocab = self.head.settings.vocab
+        if self.is_first and self.weight_WD is not None:
+            self.weight_WD.zero_()
         # Rounding the weight gradient to a lower precision takes memory of its own.
         self.head.free()
         self.rounded_NW = None

@@ -11,6 +11,7 @@ import kernels
 from trainer.checkpoints import MODEL, CheckpointStore, step_of
 from trainer.config import RunConfig, TrainConfig, UsageError
 from trainer.fsdp import World, from_main_rank, full_tensors
+from trainer.host_memory import return_free_memory
 from trainer.lora import Adapters, check_lora
 from trainer.memory_check import check_memory
 from trainer.memory_plan import plan_memory
@@ -145,6 +146,7 @@ def start_run(
     if checkpoint is not None:
         run.restore(checkpoint)
     run.sync_sampler()
+    return_free_memory()
     return run
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.checkpoints import CheckpointStore, step_of
 from trainer.command_line import parse_config
 from trainer.fsdp import World, from_main_rank
+from trainer.host_memory import return_free_memory
 from trainer.memory_check import RunMemory
 from trainer.model_loading import load_tokenizer, open_model
 from trainer.report import write_page
@@ -139,6 +140,7 @@ def start_run(
     )
     if checkpoint is not None:
         run.restore(checkpoint)
+    return_free_memory()
     return run
 
 

@@ -37,6 +37,7 @@ from trainer.fsdp import (
     stop_world,
     weights_checksum,
 )
+from trainer.host_memory import use_one_heap
 from trainer.memory_check import OutOfMemoryError, RunMemory
 from trainer.policy import Policy
 from trainer.run_folder import claim_run_folder, is_finished, result_paths
@@ -191,6 +192,7 @@ def open_run(config: RunConfig) -> Iterator[tuple[World, CheckpointStore, Path |
     """
     # A bar for every checkpoint would tear the run's own progress line apart.
     transformers.utils.logging.disable_progress_bar()
+    use_one_heap()
     world = start_world(config.cpu_threads)
     with ExitStack() as stack:
         stack.callback(stop_world)
