@@ -62,6 +62,8 @@ def flags(inputs: Path, run_dir: Path, *more: object, **changed: object) -> list
         "eval_problems": 6,
         "rewrite": f"{__name__}:rewrite",
         "readable": None,
+        "general_task": None,
+        "helpful": None,
         "general_data": inputs / "general.jsonl",
         "run_dir": run_dir,
         **changed,

@@ -49,6 +49,8 @@ def flags(inputs: Path, run_dir: Path, *more: str) -> list[str]:
         "eval_problems": 6,
         "rewrite": None,
         "readable": None,
+        "general_task": None,
+        "helpful": None,
         "run_dir": run_dir,
     }
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]

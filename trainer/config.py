@@ -64,9 +64,21 @@ class DataOptions:
     """Split of a hub data set to evaluate on."""
     eval_problems: int = 128
     """Held-out problems per evaluation (the first of --eval-dataset)."""
+    general_dataset: str | None = None
+    """General prompts that are mixed into the training: a .jsonl or .parquet file or a hub data set
+    with questions and no answers. --helpful-model, --harmless-model and your own rewards judge
+    them."""
+    general_share: float = 0.5
+    """Share of general prompts among those of a step."""
+    eval_general: int = 16
+    """General prompts that are never trained on."""
 
     def __post_init__(self) -> None:
         check_at_least("--eval-problems", self.eval_problems, 1)
+        check_at_least("--eval-general", self.eval_general, 1)
+        check_at_least("--general-share", self.general_share, 0, exclusive=True)
+        if self.general_share >= 1:
+            raise ValueError(f"--general-share: expected a number < 1, got {self.general_share}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +189,15 @@ class RewardOptions:
     """Your own rewards: package.module:function or package.module:function=weight, each a function
     of prompts, completions and **columns (the data set's) that returns a number or None for each,
     as TRL's are."""
+    helpful_model: str | None = None
+    """Reward model that scores what follows the thought of a general prompt's completion: a folder
+    of trainer/reward_model.py, or any Hugging Face sequence classifier with one output. A prompt
+    whose column kind is there and is not helpful is left out."""
+    harmless_model: str | None = None
+    """Reward model that scores the whole completion of a general prompt whose kind is harmless, or
+    which has none."""
+    preference_weight: float = 1.0
+    """Reward of a reward model's score."""
     truncated: Literal["zero", "mask"] = "zero"
     """What a completion cut at --max-new-tokens earns: nothing but its penalties (Dr. GRPO), or
     nothing at all, and it is left out of its group and of the loss (DAPO)."""

@@ -104,7 +104,7 @@ def _claim(config: PipelineConfig, stages: Sequence[Stage], stack: ExitStack) ->
     for stage in selected_stages(config, stages):
         # What is made on the way is looked at when its turn comes.
         if not known.isdisjoint(stage.inputs) or not _may_be_used(config, stage):
-            known.add(stage.output)
+            known.update(stage.output_paths)
     write_atomically(config.run_folder / CONFIG_FILE, config.to_json())
 
 

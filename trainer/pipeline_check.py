@@ -1,13 +1,16 @@
 """What the R1 pipeline checks before any of it is computed: every option and every input."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.command_line import parse_command_line, parse_config
 from trainer.config import DataOptions, TrainConfig, UsageError
 from trainer.model_loading import EMBEDDED_MODELS, resolve_model
 from trainer.pipeline_options import PipelineConfig
+from trainer.preference_pairs import read_texts
 from trainer.problem_source import open_problems
+from trainer.reward_model import RewardModelOptions, check_head, parse_options
 from trainer.rewards.scoring import check_rewards
 from trainer.sample import SampleOptions, parse_sample_options
 from trainer.sample_files import (
@@ -23,7 +26,7 @@ from trainer.sample_files import (
 )
 from trainer.sft_presets import DEFAULT_PRESET as SFT_DEFAULT
 from trainer.sft_presets import PRESETS as SFT_PRESETS
-from trainer.stages import SAMPLE, TRAIN, Stage
+from trainer.stages import REWARD_MODEL, SAMPLE, TRAIN, Stage
 from trainer.templates import template_by_name
 
 
@@ -52,7 +55,7 @@ def check_inputs(config: PipelineConfig, stages: Sequence[Stage]) -> None:
     """
     selected = selected_stages(config, stages)
     _check_options(config)
-    makers = {stage.output: stage.name for stage in stages}
+    makers = {path: stage.name for stage in stages for path in stage.output_paths}
     made: set[Path] = set()
     checked: set[Path] = set()
     data: dict[DataOptions, None] = {}
@@ -69,7 +72,7 @@ def check_inputs(config: PipelineConfig, stages: Sequence[Stage]) -> None:
             _check_command(stage, made, data)
         except UsageError as error:
             raise UsageError(f"stage {stage.name}: {error}") from error
-        made.add(stage.output)
+        made.update(stage.output_paths)
 
 
 def _check_options(config: PipelineConfig) -> None:
@@ -77,8 +80,9 @@ def _check_options(config: PipelineConfig) -> None:
         template_by_name(config.template)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    if config.readable is not None:
-        load_rule(config.readable, "--readable")
+    for flag, rule in (("--readable", config.readable), ("--helpful", config.helpful)):
+        if rule is not None:
+            load_rule(rule, flag)
     if config.rewrite is not None and is_rule(config.rewrite):
         load_rule(config.rewrite, "--rewrite")
     for name, path in config.given_paths.items():
@@ -99,7 +103,7 @@ def _check_files(stage: Stage, made: set[Path], checked: set[Path]) -> None:
         readers = [(step.rows, read_rows), (step.rewrites, read_samples)]
     elif isinstance(step, WriteResults):
         readers = [(path, read_samples) for _, path in step.samples]
-    elif stage.command and stage.command[0] not in (TRAIN, SAMPLE):
+    elif stage.command and stage.command[0] not in (TRAIN, SAMPLE, REWARD_MODEL):
         readers = [(path, read_rows) for path in stage.inputs if path.is_file()]
     for path, read in readers:
         if path in made or path in checked:
@@ -115,6 +119,9 @@ def _check_command(stage: Stage, made: set[Path], data: dict[DataOptions, None])
         return
     script, *flags = stage.command
     options: TrainConfig | SampleOptions
+    if script == REWARD_MODEL:
+        _check_reward_model(parse_options(flags), made)
+        return
     if script == TRAIN:
         options = parse_command_line(flags)
     elif script == SAMPLE:
@@ -123,12 +130,31 @@ def _check_command(stage: Stage, made: set[Path], data: dict[DataOptions, None])
         tuning = parse_config(flags, SFT_PRESETS, SFT_DEFAULT, script)
         _check_model(tuning.model, tuning.cache_dir, made)
         return
-    check_rewards(options.reward)
+    check_rewards(
+        replace(
+            options.reward,
+            helpful_model=_unless_made(options.reward.helpful_model, made),
+            harmless_model=_unless_made(options.reward.harmless_model, made),
+        )
+    )
     _check_model(options.model, options.cache_dir, made)
-    requests = Path(options.data.dataset)
-    if options.data not in data and requests not in made:
-        open_problems(options.data, options.seed)
-        data[options.data] = None
+    general = _unless_made(options.data.general_dataset, made)
+    opened = replace(options.data, general_dataset=general)
+    if opened not in data and Path(options.data.dataset) not in made:
+        open_problems(opened, options.seed)
+        data[opened] = None
+
+
+def _unless_made(name: str | None, made: set[Path]) -> str | None:
+    """A name, but not of what an earlier stage makes."""
+    return None if name is None or Path(name) in made else name
+
+
+def _check_reward_model(options: RewardModelOptions, made: set[Path]) -> None:
+    if Path(options.dataset) not in made:
+        read_texts(options.dataset, options.split)
+    if Path(options.model) not in made:
+        check_head(resolve_model(options.model, options.cache_dir, report=print))
 
 
 def _check_model(model: str, cache_dir: Path, made: set[Path]) -> None:

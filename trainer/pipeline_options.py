@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -55,6 +55,16 @@ class PipelineConfig:
     general_data: Path | None = None
     """Your .jsonl with question and completion (writing, facts, translation, ...), which the
     fine-tuning after rejection sampling learns too."""
+    helpful_pairs: Path | None = None
+    """Your .jsonl with prompt, chosen and rejected, from which the reward model of helpfulness is
+    made; with --general-dataset, for the last part of the reinforcement learning."""
+    harmless_pairs: Path | None = None
+    """The same for the reward model of harmlessness."""
+    general_task: Literal["tiny-bilingual"] | None = None
+    """Embedded task that makes up general data, prompts and pairs, where you give none."""
+    helpful: str | None = None
+    """A function package.module:function of question and completion that says whether the answer to
+    a general prompt is a good one, for the table; None: there is none."""
     data: DataOptions = field(default_factory=DataOptions)
     rl_preset: Annotated[str, tyro.conf.Suppress] = "r1-zero"
     """Preset of trainer/train.py that the stages of reinforcement learning start from."""
@@ -71,6 +81,9 @@ class PipelineConfig:
         check_at_least("--seed", self.seed, 0)
         if self.only is not None and (self.from_stage or self.until):
             raise ValueError("--only: expected neither --from nor --until with it, got both")
+        has_pairs = self.helpful_pairs is not None or self.harmless_pairs is not None
+        if has_pairs and self.data.general_dataset is None and self.general_task is None:
+            raise ValueError("--general-dataset: expected prompts for the reward models, got none")
         for text in self.flags:
             if _FLAGS_OF.fullmatch(text) is None:
                 raise ValueError(f"--flags: expected 'stage: --flag value ...', got {text!r}")

@@ -17,6 +17,8 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
             data=DataOptions(dataset="tiny-bilingual", eval_problems=128),
             rewrite="trainer.bilingual_task:rewrite",
             readable="trainer.bilingual_task:has_summary",
+            general_task="tiny-bilingual",
+            helpful="trainer.bilingual_task:is_helpful",
             # The rewriting translates what is mixed.
             cold_start_limits=ReadabilityLimits(least_consistency=None, most_words=80),
             rejection_limits=ReadabilityLimits(least_consistency=1.0, most_words=80),
@@ -26,8 +28,12 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
                 ("r1-zero", "--steps 80 --language-weight 0"),
                 ("reasoning-rl", "--steps 60 --language-weight 1"),
                 ("reasoning-rl", "--loss r1 --reference-reset-every 30"),
-                ("general-rl", "--steps 40 --language-weight 1 --temperature 0.7"),
-                ("general-rl", "--loss r1 --reference-reset-every 20"),
+                ("general-rl", "--steps 30 --language-weight 1 --temperature 0.7"),
+                ("general-rl", "--loss r1 --reference-reset-every 30"),
+                ("reward", "--batch-size 32 --learning-rate 1e-3 --eval-share 0.1"),
+                ("reward", "--max-tokens 256 --cpu-threads 1"),
+                ("preference-rl", "--steps 30 --language-weight 1 --format-weight 1"),
+                ("preference-rl", "--loss r1 --reference-reset-every 30 --temperature 0.7"),
                 ("samples", "--target-language question --grader exact --cpu-threads 1"),
                 ("cold-start-samples", "--count 256 --samples 8"),
                 ("rejection-samples", "--count 1024 --samples 8"),
@@ -40,7 +46,8 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
     # DeepSeek-R1 (2501.12948 v2), section 3 and B.4: see r1-zero for the first stage. Not stated,
     # and chosen here: the steps of reasoning-rl, and how many prompts are sampled how often (the
     # paper has "thousands" of samples for the cold start, and 600,000 of rejection sampling).
-    # 1,700 updates of general-rl are 106 rollouts of 16 updates.
+    # The last reinforcement learning has 1,700 updates, 16 a rollout, the last 400 of them with
+    # general prompts.
     "r1": (
         "The numbers of the DeepSeek-R1 paper; give --model, --small-model, --rewrite, --dataset.",
         PipelineConfig(
@@ -55,8 +62,13 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
                 ("reasoning-rl", "--language-weight 1 --format-weight 0 --steps 650"),
                 (
                     "general-rl",
-                    "--language-weight 1 --format-weight 1 --temperature 0.7 --steps 106",
+                    "--language-weight 1 --format-weight 1 --temperature 0.7 --steps 81",
                 ),
+                (
+                    "preference-rl",
+                    "--language-weight 1 --format-weight 1 --temperature 0.7 --steps 25",
+                ),
+                ("reward", "--dtype bfloat16"),
                 ("samples", "--dtype bfloat16 --max-new-tokens 32768 --rows-per-batch 64"),
                 ("cold-start-samples", "--count 8192 --samples 4"),
                 ("cold-start-rewriting", "--max-new-tokens 16384"),

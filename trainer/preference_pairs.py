@@ -1,8 +1,8 @@
 """Preference pairs: two completions of a prompt, of which one is better.
 
 A row has `prompt`, `chosen` and `rejected`, all texts. What a reward model reads is the
-conversation of prompt and completion in the tokenizer's chat template, or the one after the other
-where it has none.
+conversation of prompt and completion in the tokenizer's chat template, or the one on a line after
+the other where it has none.
 """
 
 import random
@@ -41,7 +41,7 @@ def conversation_ids(
         return []
     pairs = list(zip(prompts, completions, strict=True))
     has_template = tokenizer.chat_template is not None
-    texts = [prompt + completion for prompt, completion in pairs]
+    texts = [f"{prompt}\n{completion}" for prompt, completion in pairs]
     if has_template:
         texts = [
             str(
@@ -59,13 +59,11 @@ def conversation_ids(
     return tokenizer(texts, add_special_tokens=not has_template, verbose=False)["input_ids"]
 
 
-def read_pairs(
-    source: str, split: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[list[Pair], int]:
-    """All pairs of a source whose sequences have at most `max_tokens`, and how many are longer.
+def read_texts(source: str, split: str) -> list[tuple[str, str, str]]:
+    """Prompt, chosen and rejected text of all pairs of a source.
 
     Raises:
-        UsageError: the source cannot be read, has other columns, or leaves no pair.
+        UsageError: the source cannot be read, has other columns, or has no pair.
     """
     rows: list[tuple[str, str, str]] = []
     try:
@@ -85,6 +83,18 @@ def read_pairs(
         raise UsageError(f"--dataset: {error}") from error
     if not rows:
         raise UsageError(f"--dataset: {source}: expected at least one pair, got none")
+    return rows
+
+
+def read_pairs(
+    source: str, split: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Pair], int]:
+    """All pairs of a source whose sequences have at most `max_tokens`, and how many are longer.
+
+    Raises:
+        UsageError: the source cannot be read, has other columns, or leaves no pair.
+    """
+    rows = read_texts(source, split)
     prompts, chosen_texts, rejected_texts = zip(*rows, strict=True)
     pairs = [
         Pair(prompt=prompt, chosen_ids=chosen_ids, rejected_ids=rejected_ids)

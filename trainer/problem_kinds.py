@@ -25,7 +25,7 @@ CHOICE_COLUMNS = (
     "Incorrect Answer 3",
 )
 
-Kind = Literal["answer", "choice", "tests", "human-eval", "live-code-bench"]
+Kind = Literal["answer", "prompt", "choice", "tests", "human-eval", "live-code-bench"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _GSM8K_ANSWER_MARK = "####"
 _LEVEL = re.compile(r"(?:Level )?(\d)(?:\.0)?")
@@ -72,6 +72,10 @@ def make_reader(
         return _code_reader(
             lambda record, place: read_tests(record, place, question),
             frozenset((question, "tests")),
+        )
+    if kind == "prompt":
+        return lambda record, place: Parts(
+            text_of(record, question, place), "", (), frozenset((question,))
         )
     answer = _column(record, answer_column, ANSWER_COLUMNS, "answer", place)
 

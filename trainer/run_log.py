@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 from trainer.durable import flush_to_disk, write_atomically
 from trainer.rewards import Reward
+from trainer.rewards.grading import GENERAL
 from trainer.tasks import Problem
 from trainer.terminal import Terminal, eval_text, progress_text, sample_text
 
@@ -264,7 +265,7 @@ class RunLog:
             self._terminal.show_line(self._progress(step))
 
     def _show_sample(self, step: int, kind: str, sample: Sample) -> None:
-        right = "right" if sample.correct else "wrong"
+        right = "general" if sample.status == GENERAL else ("wrong", "right")[sample.correct]
         gold = f", gold {sample.answer[:60]}" if sample.answer else ""
         given = "no answer" if sample.extracted is None else f"answer {sample.extracted[:60]}"
         earned = "no reward" if sample.reward is None else f"reward {sample.reward:.2f}"

@@ -28,7 +28,7 @@ from trainer.evaluate import model_positions, open_sampler
 from trainer.evaluation import Sampling, sample_and_score
 from trainer.fsdp import World, from_main_rank, start_world, stop_world
 from trainer.model_loading import load_tokenizer, resolve_model
-from trainer.problem_source import open_problems
+from trainer.problem_source import held_out_general, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
 from trainer.samples import Prompter
@@ -160,7 +160,7 @@ def problems_to_sample(options: SampleOptions) -> list[Problem]:
             raise UsageError(str(error)) from error
     source, held_out = open_problems(options.data, options.seed)
     if options.problems == "held-out":
-        return held_out
+        return [*held_out, *held_out_general(options.data)]
     return [source.problem(place) for place in range(options.count)]
 
 
@@ -226,10 +226,15 @@ def _sample_parts(
                     records = [prompter.record(one) for row in scored_PK for one in row]
                     lines = [json.dumps(asdict(record), ensure_ascii=False) for record in records]
                     write_atomically(_part(options, at), "".join(f"{line}\n" for line in lines))
-                    right = sum(record.correct for record in records)
+                    graded = [
+                        one.reward.correct
+                        for row in scored_PK
+                        for one in row
+                        if not one.problem.is_general
+                    ]
                     print(
-                        f"part {at + 1} of {len(parts)}: {right} of {len(records)} samples right, "
-                        f"{time.perf_counter() - started:.0f} s",
+                        f"part {at + 1} of {len(parts)}: {sum(graded)} of {len(graded)} answers "
+                        f"right, {time.perf_counter() - started:.0f} s",
                         flush=True,
                     )
 

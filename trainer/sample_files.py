@@ -14,16 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from trainer import bilingual_task
 from trainer.config import UsageError
 from trainer.data_records import DataError, open_records, text_of
 from trainer.durable import write_atomically
 from trainer.readability import ReadabilityLimits, select_readable
+from trainer.reward_scores import summary
 from trainer.rewards.extraction import extract_answer, format_reward
 from trainer.rewards.matching import answers_match
 from trainer.run_log import Sample
-from trainer.stage_table import result_rows, table_text
+from trainer.stage_table import result_rows, table_text, write_figure
 from trainer.templates import THINK_OPEN, Template, template_by_name
 
 Row = dict[str, Any]
@@ -298,6 +300,45 @@ def _why_not_rewritten(original: str, text: str | None, template: Template) -> s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MakeGeneralData:
+    """Makes up general data of the bilingual task: prompts with answers as people write them,
+    prompts, and preference pairs."""
+
+    FILES: ClassVar = ("rows.jsonl", "prompts.jsonl", "helpful.jsonl", "harmless.jsonl")
+    task: str
+    seed: int
+    rows: int = 2000
+    pairs: int = 4000
+
+    def run(self, folder: Path) -> dict[str, int]:
+        """Writes FILES; a pair whose rejected answer is rude is one about harmlessness, the others
+        are about helpfulness and hold summaries alone."""
+        task = bilingual_task
+        samples = [task.general_sample(self.seed, index) for index in range(self.rows)]
+        questions = {task.general_question(self.seed, index): None for index in range(self.rows)}
+        pairs = [task.preference_pair(self.seed, index) for index in range(self.pairs)]
+        rude = tuple(task.translate(task.RUDE, language) for language in task.LANGUAGES)
+        harmless = [pair for pair in pairs if pair.rejected.endswith(rude)]
+        helpful = [pair for pair in pairs if not pair.rejected.endswith(rude)]
+        contents: list[list[Row]] = [
+            [{"question": question, "completion": answer} for question, answer in samples],
+            [{"question": question} for question in questions],
+            [
+                _pair(pair.question, summary(pair.chosen), summary(pair.rejected))
+                for pair in helpful
+            ],
+            [_pair(*pair) for pair in harmless],
+        ]
+        for name, content in zip(self.FILES, contents, strict=True):
+            write_lines(folder / name, content)
+        return dict(zip(self.FILES, map(len, contents), strict=True))
+
+
+def _pair(prompt: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriteResults:
     """Writes the table over models, shaped like the paper's of Dev1, Dev2, Dev3 and R1."""
 
@@ -306,15 +347,19 @@ class WriteResults:
     template: str
     limits: ReadabilityLimits
     readable: str | None
+    helpful: str | None
+    """A function of question and completion that says whether a general answer is a good one."""
 
     def run(self, folder: Path) -> dict[str, int]:
-        """Writes results.json and results.md."""
+        """Writes results.json, results.md and results.png."""
         rule = None if self.readable is None else load_rule(self.readable, "--readable")
+        helpful = None if self.helpful is None else load_rule(self.helpful, "--helpful")
         template = template_by_name(self.template)
         rows = {
-            label: result_rows(read_samples(path), template, self.limits, rule)
+            label: result_rows(read_samples(path), template, self.limits, rule, helpful)
             for label, path in self.samples
         }
         write_atomically(folder / "results.json", json.dumps(rows, indent=1, default=asdict) + "\n")
         write_atomically(folder / "results.md", table_text(rows) + "\n")
+        write_figure(folder / "results.png", rows)
         return {"models": len(rows)}

@@ -266,19 +266,26 @@ def weights_age(scored_PG: Iterable[Iterable[ScoredCompletion]], step: int) -> f
 
 
 def sample_metrics(scored_PG: Sequence[Sequence[ScoredCompletion]]) -> dict[str, float | None]:
-    """Rewards, lengths and reflection of a step's completions; None where a mean has no members."""
+    """Rewards, lengths and reflection of a step's completions; None where a mean has no members.
+
+    General prompts count in neither right nor wrong answers.
+    """
     scored = [one for group in scored_PG for one in group]
-    graded = [one.reward for one in scored]
+    verified_PG = [group for group in scored_PG if not group[0].problem.is_general]
+    verified = [one for group in verified_PG for one in group]
     lengths = lengths_by_correctness(
-        [len(one.completion.token_ids) for one in scored], [reward.correct for reward in graded]
+        [len(one.completion.token_ids) for one in verified],
+        [one.reward.correct for one in verified],
     )
     totals_PG = [[one.reward.total for one in group] for group in scored_PG]
-    all_correct, all_wrong = unanimous_shares(
-        [[one.reward.correct for one in group] for group in scored_PG]
+    all_correct, all_wrong = (
+        unanimous_shares([[one.reward.correct for one in group] for group in verified_PG])
+        if verified_PG
+        else (None, None)
     )
     return {
-        **reward_metrics(graded),
-        "length/mean": lengths.mean,
+        **reward_metrics([one.reward for one in scored]),
+        "length/mean": _mean(len(one.completion.token_ids) for one in scored),
         "length/correct": lengths.correct,
         "length/wrong": lengths.wrong,
         **behaviour_metrics(scored),
@@ -308,6 +315,7 @@ def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | N
             correct=one.reward.correct,
         )
         for one in scored
+        if not one.problem.is_general
     ]
     return {
         "reflection_rate": reflection_rate(texts),
@@ -316,7 +324,10 @@ def behaviour_metrics(scored: Sequence[ScoredCompletion]) -> dict[str, float | N
         "reflection/dr_grpo_words": _mean(
             reflection_words(text, DRGRPO_REFLECTION) for text in texts
         ),
-        **{f"category/{name}": _mean(each == name for each in categories) for name in CATEGORIES},
+        **{
+            f"category/{name}": _mean_of(float(each == name) for each in categories)
+            for name in CATEGORIES
+        },
         "repetition": _mean(repetition(one.completion.token_ids.tolist()) for one in scored),
         "language_share": _mean_of(
             language_share(one.text, one.problem.question) for one in scored

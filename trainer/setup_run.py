@@ -24,7 +24,7 @@ from trainer.model_loading import (
     stored_files,
 )
 from trainer.policy import Policy
-from trainer.problem_source import ListedProblems, ProblemSource, open_problems
+from trainer.problem_source import ProblemSource, listed_problems, open_problems
 from trainer.rewards import Scorer
 from trainer.rewards.scoring import check_rewards
 from trainer.rollout import Sampler
@@ -102,12 +102,11 @@ def start_run(
             prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
         ),
     )
-    listed = source.problems if isinstance(source, ListedProblems) else []
     scorer = Scorer(
         config.reward,
         template,
         max_new_tokens=config.rollout.max_new_tokens,
-        runs_code=any(problem.tests for problem in (*listed, *held_out)),
+        runs_code=any(problem.tests for problem in (*listed_problems(source), *held_out)),
     )
     if scorer.grader.sandbox_level is not None:
         log.message(f"code sandbox: {scorer.grader.sandbox_level}")

@@ -2,9 +2,11 @@
 
 Source: DeepSeek-R1, arXiv 2501.12948 v2, figure 2 and section 3: R1-Zero; cold start, which gives
 Dev1; reinforcement learning of reasoning, Dev2; rejection sampling and fine-tuning of the base
-model, Dev3; reinforcement learning for all scenarios, R1; and section 2.4 of v1: distillation.
+model, Dev3; reinforcement learning for all scenarios, R1, whose last part alone has general prompts
+and reward models; and section 2.4 of v1: distillation.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from trainer.config import UsageError
 from trainer.pipeline_options import PipelineConfig, flags_for, merged_flags, values_of
 from trainer.sample_files import (
     FileStep,
+    MakeGeneralData,
     ReadRewrites,
     RewriteByRule,
     SelectSamples,
@@ -23,9 +26,12 @@ from trainer.seeds import derive_key
 
 STAGES_FOLDER = "stages"
 TRAIN, SFT, SAMPLE = "trainer/train.py", "trainer/sft.py", "trainer/sample.py"
+REWARD_MODEL = "trainer/reward_model.py"
 MODEL, SAMPLES, ROWS = "model", "samples.jsonl", "rows.jsonl"
 COUNTS, REQUESTS, RESULTS = "counts.json", "requests.jsonl", "results.json"
-KINDS = ("rl", "sft", "samples", "evaluate")
+KINDS = ("rl", "sft", "samples", "evaluate", "reward")
+REWARD_STAGES = ("helpful-model", "harmless-model")
+_GENERAL = ("general_dataset", "general_share", "eval_general")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,7 @@ class Stage:
     inputs: tuple[Path, ...]
     """Files and model folders that it reads: those of earlier stages, and the user's."""
     outputs: tuple[str, ...]
-    """What it leaves in its folder; later stages read the first."""
+    """What it leaves in its folder; the first is its result."""
     command: tuple[str, ...] = ()
     """Script and flags; empty where there is a step."""
     step: FileStep | None = None
@@ -48,6 +54,11 @@ class Stage:
     def output(self) -> Path:
         """What later stages read."""
         return self.folder / self.outputs[0]
+
+    @property
+    def output_paths(self) -> list[Path]:
+        """All that it leaves."""
+        return [self.folder / name for name in self.outputs]
 
     @property
     def recipe(self) -> str:
@@ -75,7 +86,7 @@ def pipeline_stages(config: PipelineConfig) -> list[Stage]:
     rows = plan.select("rejection-filter", samples, is_cold_start=False)
     dev3 = plan.tune("rejection-sft", config.model, rows)
     plan.evaluate("dev3", dev3)
-    r1 = plan.train("general-rl", dev3)
+    r1 = _all_scenarios(plan, dev3)
     plan.evaluate("r1", r1)
     if config.small_model is not None:
         distilled = plan.tune("distill", config.small_model, rows)
@@ -83,6 +94,20 @@ def pipeline_stages(config: PipelineConfig) -> list[Stage]:
     plan.results()
     plan.check_names()
     return plan.stages
+
+
+def _all_scenarios(plan: "_Plan", dev3: Path) -> Path:
+    """The model of the last reinforcement learning: by rules, and then, where there are general
+    prompts and reward models, by both."""
+    by_rules = plan.train("general-rl", dev3)
+    if plan.general.prompts is None:
+        return by_rules
+    made = {name: plan.reward_model(name, dev3) for name in REWARD_STAGES}
+    models = {name: model for name, model in made.items() if model is not None}
+    if not models:
+        return by_rules
+    plan.evaluate("rules", by_rules)
+    return plan.train("preference-rl", by_rules, models)
 
 
 def _cold_start(plan: "_Plan", zero: Path) -> Path:
@@ -106,6 +131,19 @@ def _cold_start(plan: "_Plan", zero: Path) -> Path:
     return plan.add("cold-start-rewrite", (rows, rewritten), (ROWS, COUNTS), step=reader)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _General:
+    """Files about general prompts, the user's or made up; None: there is none."""
+
+    rows: Path | None
+    prompts: str | None
+    """A file, or a hub data set."""
+    prompt_files: tuple[Path, ...]
+    """The prompts, where they are a file."""
+    pairs: dict[str, Path | None]
+    """Of each of REWARD_STAGES."""
+
+
 class _Plan:
     """Stages as they are added, numbered in their order."""
 
@@ -114,6 +152,7 @@ class _Plan:
         self.stages: list[Stage] = []
         self.names: list[str] = []
         self.evaluated: dict[str, Path] = {}
+        self.general = self._general()
 
     def add(
         self,
@@ -139,18 +178,64 @@ class _Plan:
         self.stages.append(stage)
         return stage.output
 
+    def _general(self) -> _General:
+        """Adds a stage that makes up what is not given, where the preset has a task for that."""
+        config = self.config
+        rows, helpful, harmless = (
+            None if path is None else path.expanduser().absolute()
+            for path in (config.general_data, config.helpful_pairs, config.harmless_pairs)
+        )
+        prompts = config.data.general_dataset
+        if config.general_task is not None:
+            step = MakeGeneralData(task=config.general_task, seed=self._seed("general-data"))
+            made = self.add("general-data", (), MakeGeneralData.FILES, step=step).parent
+            of_rows, of_prompts, *of_pairs = (made / name for name in MakeGeneralData.FILES)
+            rows, prompts = rows or of_rows, prompts or str(of_prompts)
+            helpful, harmless = helpful or of_pairs[0], harmless or of_pairs[1]
+        files = () if prompts is None else _files([prompts])
+        if config.general_task is not None and config.data.general_dataset is None:
+            files = (of_prompts,)
+        pairs = dict(zip(REWARD_STAGES, (helpful, harmless), strict=True))
+        return _General(rows=rows, prompts=prompts, prompt_files=files, pairs=pairs)
+
+    def _general_flags(self) -> list[str]:
+        """Flags that add the general prompts, where there are some."""
+        data = self.config.data
+        if self.general.prompts is None:
+            return []
+        values = [("general_dataset", self.general.prompts), ("eval_general", data.eval_general)]
+        return flags_for([*values, ("general_share", data.general_share)])
+
+    def reward_model(self, name: str, model: Path) -> Path | None:
+        """Adds a stage that makes a reward model of a model, where it has pairs; the reward model,
+        which the user may give too."""
+        pairs = self.general.pairs[name]
+        if pairs is None and name not in self.given:
+            return None
+        values = [("model", model), ("dataset", pairs), ("out", self.folder(name))]
+        flags = flags_for([*values, ("seed", self._seed(name))])
+        flags = merged_flags([*flags, *self.config.flags_of("reward", name)])
+        inputs = (model,) if pairs is None else (model, pairs)
+        return self.add(name, inputs, (MODEL,), command=(REWARD_MODEL, *flags))
+
     def folder(self, name: str) -> Path:
         """Where the stage of that name, the last one, writes."""
         at = self.names.index(name) if name in self.names else len(self.names)
         return self.config.run_folder / STAGES_FOLDER / f"{at + 1:02d}-{name}"
 
-    def train(self, name: str, model: str | Path) -> Path:
-        """Adds a stage of reinforcement learning; its model."""
+    def train(
+        self, name: str, model: str | Path, reward_models: Mapping[str, Path] | None = None
+    ) -> Path:
+        """Adds a stage of reinforcement learning, with general prompts where there are reward
+        models; its model."""
         config = self.config
         flags = [*self._common(name, model), *flags_for([("run_dir", self.folder(name))])]
+        inputs = (*_paths(model), *self._data_files())
+        if reward_models is not None:
+            flags += [*flags_for(reward_models.items()), *self._general_flags()]
+            inputs += (*reward_models.values(), *self.general.prompt_files)
         flags = merged_flags([*flags, *config.flags_of("rl", name)])
-        command = (TRAIN, config.rl_preset, *flags)
-        return self.add(name, (*_paths(model), *self._data_files()), (MODEL,), command=command)
+        return self.add(name, inputs, (MODEL,), command=(TRAIN, config.rl_preset, *flags))
 
     def tune(self, name: str, model: str, rows: Path) -> Path:
         """Adds a stage of supervised fine-tuning; its model."""
@@ -186,9 +271,7 @@ class _Plan:
     def select(self, name: str, samples: Path, *, is_cold_start: bool) -> Path:
         """Adds a stage that keeps right and readable samples, and adds general data."""
         config = self.config
-        general = None
-        if config.general_data is not None and not is_cold_start:
-            general = config.general_data.expanduser().absolute()
+        general = None if is_cold_start else self.general.rows
         step = SelectSamples(
             samples=samples,
             template=config.template,
@@ -204,9 +287,10 @@ class _Plan:
         """Adds a stage that samples a model on the held-out problems."""
         name = f"evaluate-{label}"
         flags = [*self._common("evaluate", model), "--problems", "held-out"]
+        flags += self._general_flags()
         flags += flags_for([("out", self.folder(name) / SAMPLES)])
         flags = merged_flags([*flags, *self.config.flags_of("samples", "evaluate", name)])
-        inputs = (*_paths(model), *self._data_files())
+        inputs = (*_paths(model), *self._data_files(), *self.general.prompt_files)
         self.evaluated[label] = self.add(name, inputs, (SAMPLES,), command=(SAMPLE, *flags))
 
     def results(self) -> None:
@@ -216,8 +300,9 @@ class _Plan:
             template=self.config.template,
             limits=self.config.rejection_limits,
             readable=self.config.readable,
+            helpful=self.config.helpful,
         )
-        outputs = (RESULTS, "results.md")
+        outputs = (RESULTS, "results.md", "results.png")
         self.add("results", tuple(self.evaluated.values()), outputs, step=step)
 
     def check_names(self) -> None:
@@ -239,8 +324,10 @@ class _Plan:
 
     def _common(self, name: str, model: str | Path) -> list[str]:
         config = self.config
-        values = [("model", model), ("template", config.template), ("seed", self._seed(name))]
-        return flags_for([*values, *values_of(config.data)])
+        values: list[tuple[str, object]] = [("model", model), ("template", config.template)]
+        values += [("seed", self._seed(name))]
+        values += [pair for pair in values_of(config.data) if pair[0] not in _GENERAL]
+        return flags_for(values)
 
     def _seed(self, name: str) -> int:
         """Another one for every stage, so that none sees the problems of the one before in its
@@ -248,11 +335,15 @@ class _Plan:
         return derive_key(self.config.seed, f"stage {name}") % 2**31
 
     def _data_files(self) -> tuple[Path, ...]:
-        named = (self.config.data.dataset, self.config.data.eval_dataset)
-        return tuple(Path(name).absolute() for name in named if name and Path(name).is_file())
+        return _files([self.config.data.dataset, self.config.data.eval_dataset])
 
 
 def _paths(model: str | Path) -> tuple[Path, ...]:
     """The folder of a model that has one."""
     path = Path(model).expanduser()
     return (path.absolute(),) if isinstance(model, Path) or path.is_dir() else ()
+
+
+def _files(names: Iterable[str | None]) -> tuple[Path, ...]:
+    """Those that are local files."""
+    return tuple(Path(name).absolute() for name in names if name and Path(name).is_file())

@@ -26,7 +26,7 @@ class Problem:
     """The text that a template turns into a prompt."""
     answer: str | list[str]
     """The accepted final answer; of a list, each one is accepted. Empty for a problem that has a
-    verifier or tests instead."""
+    verifier or tests instead, and for a general prompt."""
     tests: tuple[CodeTest, ...] = ()
     """What a program that answers the problem is graded by."""
     level: int | None = None
@@ -36,6 +36,12 @@ class Problem:
     `answer`; picklable."""
     columns: dict[str, object] = field(default_factory=dict)
     """The record's other columns, passed to a user's reward under their names."""
+
+    @property
+    def is_general(self) -> bool:
+        """A prompt without an answer that could be verified; reward models judge its
+        completions."""
+        return not self.answer and not self.tests and self.verifier is None
 
     @property
     def answer_text(self) -> str:
@@ -60,11 +66,11 @@ def load_problems(
             `owner/name:configuration` (`openai/gsm8k:main`).
         split: of a hub data set; a local file is one split, whatever is asked for.
         kind: what a record holds. "answer": a question and its final answer, a list of accepted
-            ones, or a solution that ends in it. "choice": GPQA's columns. "tests": a question and
-            tests of a program (`trainer.rewards.code_tests`). "human-eval", "live-code-bench":
-            those sets' own columns.
-        question_column, answer_column: for the kinds "answer" and "tests"; None: the first of
-            QUESTION_COLUMNS, ANSWER_COLUMNS that is there.
+            ones, or a solution that ends in it. "prompt": a question alone. "choice": GPQA's
+            columns. "tests": a question and tests of a program (`trainer.rewards.code_tests`).
+            "human-eval", "live-code-bench": those sets' own columns.
+        question_column, answer_column: for the kinds "answer", "prompt" and "tests"; None: the
+            first of QUESTION_COLUMNS, ANSWER_COLUMNS that is there.
         levels: only problems of these levels (column `level`); empty: all.
         limit: at most so many problems, from the start.
 

@@ -86,13 +86,14 @@ def extract_answer(completion: str, template: Template | str) -> str | None:
     return answer[: _end_without_special_tokens(answer)].strip() or None
 
 
-def format_reward(completion: str, template: Template | str) -> float:
+def format_reward(completion: str, template: Template | str, *, needs_answer: bool = True) -> float:
     """1.0 when the completion keeps to the template's format, else 0.0.
 
     With answer tags: exactly one non-empty <think> block (its opening tag left out when the prompt
     holds it), then exactly one non-empty <answer> block, with nothing but white space and end
     tokens around them. With boxes: the thought, if there is one or the prompt opened it, is
-    written the same way, and a complete, non-empty \\boxed{} follows it.
+    written the same way, and a complete, non-empty \\boxed{} follows it; where no answer is
+    needed, the thought must be there, and any text after it will do.
 
     Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (format reward).
     """
@@ -106,6 +107,8 @@ def format_reward(completion: str, template: Template | str) -> float:
     if has_thought and _is_blank(parts.thought):
         return 0.0
     if template.answer_in == "boxed":
+        if not needs_answer:
+            return float(has_thought and not _is_blank(parts.rest))
         return 1.0 if extract_boxed(parts.rest) is not None else 0.0
     answer = _tagged_answer(turn, parts)
     rest = parts.rest.strip()

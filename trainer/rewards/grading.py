@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NOT_GRADED = ("no_answer", "truncated")
 """Statuses of a completion that has no answer in its place, and of one that was cut off."""
+GENERAL = "general"
+"""Status of a completion of a general prompt, which has no grade."""
 STATUSES = {
     "accuracy": (*GRADE_STATUSES, *NOT_GRADED),
     "code": (*get_args(TestStatus), "too_long", *NOT_GRADED),
@@ -53,14 +55,15 @@ class Attempt:
 class Outcome:
     """The grade of an attempt."""
 
-    part: Literal["accuracy", "code"]
-    """The part of the reward that it decides: code for problems with tests."""
+    part: Literal["accuracy", "code"] | None
+    """The part of the reward that it decides: code for problems with tests, none for general
+    prompts."""
     extracted: str | None
     """The answer or program that was graded."""
     value: float = 0.0
     """From 0 to 1; only a verifier gives what is between."""
     status: str
-    """One of STATUSES."""
+    """One of STATUSES, or GENERAL."""
 
     @property
     def correct(self) -> bool:
@@ -151,6 +154,8 @@ class AnswerGrader:
 
     def _read(self, attempt: Attempt) -> Outcome:
         """The attempt's answer, not graded yet."""
+        if attempt.problem.is_general:
+            return Outcome(part=None, extracted=None, status=GENERAL)
         extract = extract_code if attempt.problem.tests else extract_answer
         answer = None if attempt.truncated else extract(attempt.text, self.template)
         return Outcome(

@@ -9,6 +9,7 @@
 | overlong | 0 to -1 over the last tokens before the longest completion | DAPO |
 | length | by length and correctness: cosine, or linear within the group | Yeo et al., Kimi k1.5 |
 | repetition | minus the share of repeated n-grams of tokens | Yeo et al. |
+| helpful, harmless | a reward model's score of a general prompt's completion | R1 |
 | user's functions | what they return; None leaves a completion out | TRL |
 
 A part whose weight is 0 is not computed, except accuracy and format, which every run logs.
@@ -43,11 +44,13 @@ from trainer.rewards.penalties import (
     overlong_penalty,
     repetition_penalty,
 )
+from trainer.rewards.preference import preference_rewards
 from trainer.rewards.user_reward import UserReward, load_user_rewards
 from trainer.templates import Template
 
 PARTS = ("accuracy", "code", "format", "language", "overlong", "length", "repetition")
-"""The parts that are no user's; a problem has either accuracy or code."""
+"""The parts that are no user's and no reward model's; a problem has either accuracy or code, or,
+where it is a general prompt, none of the two."""
 
 Parts = dict[str, float | None]
 
@@ -81,10 +84,12 @@ GradedGroup = list[Graded]
 
 
 def check_rewards(options: RewardOptions) -> list[UserReward]:
-    """The user's functions, imported, once all that the options name is known to be there.
+    """The reward models and the user's functions, imported, once all that the options name is known
+    to be there.
 
     Raises:
-        UsageError: a user's function, a target language or a detector that cannot be used.
+        UsageError: a reward model, a user's function, a target language or a detector that cannot
+            be used.
     """
     if options.target_language not in (QUESTION, *SCRIPTS):
         raise UsageError(
@@ -96,7 +101,9 @@ def check_rewards(options: RewardOptions) -> list[UserReward]:
             language_consistency("", detector="py3langid")
         except ModuleNotFoundError as error:
             raise UsageError(f"--language-{error}") from error
-    return load_user_rewards(options.reward, PARTS)
+    preferences = preference_rewards(options)
+    taken = (*PARTS, *(reward.name for reward in preferences))
+    return [*preferences, *load_user_rewards(options.reward, taken)]
 
 
 class Scorer:
@@ -202,7 +209,8 @@ class Scorer:
 
     def _graded(self, attempt: Attempt, outcome: Outcome, length: float | None) -> Graded:
         options = self.options
-        parts: Parts = {outcome.part: outcome.value, "format": self._format(attempt, outcome)}
+        parts: Parts = {} if outcome.part is None else {outcome.part: outcome.value}
+        parts["format"] = self._format(attempt, outcome)
         if self.weights["language"]:
             parts["language"] = self._language(attempt)
         if self.weights["overlong"]:
@@ -233,7 +241,8 @@ class Scorer:
         if outcome.part == "code" and self.template.answer_in == "boxed":
             # A program stands in a fenced block instead of a box.
             return float(outcome.extracted is not None)
-        return format_reward(attempt.text, self.template)
+        needs_answer = not attempt.problem.is_general
+        return format_reward(attempt.text, self.template, needs_answer=needs_answer)
 
     def _with_user_rewards(
         self, attempts_PG: Sequence[Sequence[Attempt]], graded_PG: Sequence[Sequence[Graded]]

@@ -3,8 +3,8 @@
     def reward(prompts, completions, **columns) -> list[float | None]
 
 `prompts` and `completions` are texts, one per completion; `completion_ids` are the completions'
-token ids; `question`, `answer`, `problem_id` and the columns of the data set follow by name, one
-value per completion. None leaves a completion out of this reward.
+token ids; `question`, `answer`, `problem_id`, `is_general` and the columns of the data set follow
+by name, one value per completion. None leaves a completion out of this reward.
 
 The function is called from the main thread with all completions of a step, as TRL calls it: limits
 by `signal.alarm`, as in math-verify, work nowhere else.
@@ -157,4 +157,5 @@ def _columns(attempts: Sequence[Attempt]) -> dict[str, list[object]]:
         "question": [attempt.problem.question for attempt in attempts],
         "answer": [attempt.problem.answer for attempt in attempts],
         "problem_id": [attempt.problem.problem_id for attempt in attempts],
+        "is_general": [attempt.problem.is_general for attempt in attempts],
     }
