@@ -354,7 +354,7 @@ def test_filters_that_leave_nothing_stop_before_the_fine_tuning(
     inputs: Path, whole: Path, tmp_path: Path, run: Main, commands: list[str]
 ) -> None:
     samples = stage_folder(whole, "cold-start-samples") / "samples.jsonl"
-    changed = {"correct": False, "truncated": False}
+    changed = {"correct": False, "finish_reason": "stop"}
     lines = [json.loads(line) | changed for line in samples.open()]
     wrong = tmp_path / "samples.jsonl"
     wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
