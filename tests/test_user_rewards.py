@@ -59,7 +59,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         """
 def by_level(prompts, completions, level, answer, completion_ids, **columns):
     assert len(prompts) == len(completions) == len(answer) == len(columns["question"])
-    assert "problem_id" in columns and set(columns) <= {"question", "problem_id", "hint"}
+    assert "problem_id" in columns
+    assert set(columns) <= {"question", "problem_id", "is_general", "hint"}
     return [None if each is None else each + len(ids) / 100
             for each, ids in zip(level, completion_ids)]
 
