@@ -12,12 +12,10 @@ import tyro
 
 from trainer.config import TrainConfig, UsageError
 from trainer.pipeline_presets import PIPELINES
-from trainer.presets import PRESETS
+from trainer.presets import DEFAULT_PRESET, PRESETS
 from trainer.sft_config import SftConfig
 
 ConfigWithData = TypeVar("ConfigWithData", TrainConfig, SftConfig)
-
-DEFAULT_PRESET = "r1-zero-tiny"
 # Python's own messages for a value that is not a number, in the words of all other messages.
 WORDINGS = (
     (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
@@ -40,6 +38,8 @@ def parse_config(
     default_preset: str,
     program: str,
     other_presets: Mapping[str, tuple[str, object]] = MappingProxyType({}),
+    *,
+    is_dry_run: bool = False,
 ) -> ConfigWithData:
     """The config of `[preset] [--flag value ...]`.
 
@@ -49,6 +49,7 @@ def parse_config(
         default_preset: without one among the arguments.
         program: what `--help` calls it.
         other_presets: those that the program takes too, but not here; by name.
+        is_dry_run: model and data need not be given.
 
     Raises:
         UsageError: an unknown preset or flag, a value that cannot be used, or one that must be
@@ -72,7 +73,7 @@ def parse_config(
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         )
     for name, value in (("--model", config.model), ("--dataset", config.data.dataset)):
-        if not value:
+        if not value and not is_dry_run:
             raise UsageError(f"{name}: the preset {preset} needs it to be given")
     return config
 
@@ -106,7 +107,9 @@ def _print_presets(presets: Mapping[str, tuple[str, object]], default_preset: st
     width = max(16, *map(len, presets))
     for name, (description, _) in presets.items():
         print(f"  {name:{width}} {description}")
-    print()
+    print(
+        "\n--dry-run [RANKSxGIB] prints config, data check and memory plan of train.py and ends.\n"
+    )
 
 
 def _first_sentence(box: str) -> str:

@@ -142,11 +142,15 @@ def _problems(plan: MemoryPlan, device_free: int | None) -> list[str]:
     # Ranks of this machine share its memory.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     compared = ((False, 1, device_free), (True, here, host_bytes_free()))
-    found = [_what_cannot_fit(plan, *each) for each in compared]
+    found = [
+        what_cannot_fit(plan, on_host=on_host, ranks=ranks, room=room)
+        for on_host, ranks, room in compared
+    ]
     return [problem for problem in found if problem is not None]
 
 
-def _what_cannot_fit(plan: MemoryPlan, on_host: bool, ranks: int, room: int | None) -> str | None:
+def what_cannot_fit(plan: MemoryPlan, *, on_host: bool, ranks: int, room: int | None) -> str | None:
+    """A sentence if so many ranks need more than the room they share, which None leaves open."""
     phase, needed = plan.peak(on_host=on_host)
     if room is None or needed * ranks <= room:
         return None

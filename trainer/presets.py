@@ -1,5 +1,7 @@
 """Ready configurations, by the name that comes first on the command line."""
 
+import dataclasses
+
 from trainer.config import (
     CheckpointOptions,
     DataOptions,
@@ -8,8 +10,54 @@ from trainer.config import (
     OptimizerOptions,
     RewardOptions,
     RolloutOptions,
+    ShardingOptions,
     TrainConfig,
 )
+
+DEFAULT_PRESET = "r1-zero-tiny"
+
+
+def _r1_zero(preset: str, model: str, *, steps: int, learning_rate: float) -> TrainConfig:
+    return TrainConfig(
+        preset=preset,
+        model=model,
+        template="r1",
+        dtype="bfloat16",
+        data=DataOptions(dataset="", eval_problems=64),
+        rollout=RolloutOptions(
+            num_prompts=512, group_size=16, max_new_tokens=32768, rows_per_batch=64
+        ),
+        reward=RewardOptions(format_weight=1.0),
+        loss=LossOptions(loss="r1"),
+        optimizer=OptimizerOptions(
+            steps=steps,
+            learning_rate=learning_rate,
+            minibatches=16,
+            micro_batch_tokens=32768,
+            reference_reset_every=25,
+        ),
+        evaluation=EvaluationOptions(eval_every=10, eval_samples=16, eval_temperature=0.6),
+        checkpoint=CheckpointOptions(save_every=5),
+    )
+
+
+def _dr_grpo(preset: str, model: str, template: str) -> TrainConfig:
+    return TrainConfig(
+        preset=preset,
+        model=model,
+        template=template,
+        dtype="bfloat16",
+        data=DataOptions(dataset="", eval_problems=200),
+        rollout=RolloutOptions(
+            num_prompts=128, group_size=8, max_new_tokens=3000, rows_per_batch=128
+        ),
+        reward=RewardOptions(format_weight=0.0),
+        loss=LossOptions(loss="dr_grpo"),
+        optimizer=OptimizerOptions(steps=500, learning_rate=1e-6, minibatches=8),
+        evaluation=EvaluationOptions(eval_every=16, eval_samples=1, eval_temperature=0.0),
+        checkpoint=CheckpointOptions(save_every=16),
+    )
+
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "r1-zero-tiny": (
@@ -41,26 +89,14 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     # for R1-Zero, is that of R1.
     "r1-zero": (
         "The numbers of the DeepSeek-R1-Zero paper; give --model and --dataset.",
-        TrainConfig(
-            preset="r1-zero",
-            model="",
-            template="r1",
-            dtype="bfloat16",
-            data=DataOptions(dataset="", eval_problems=64),
-            rollout=RolloutOptions(
-                num_prompts=512, group_size=16, max_new_tokens=32768, rows_per_batch=64
-            ),
-            reward=RewardOptions(format_weight=1.0),
-            loss=LossOptions(loss="r1"),
-            optimizer=OptimizerOptions(
-                steps=650,
-                learning_rate=3e-6,
-                minibatches=16,
-                micro_batch_tokens=32768,
-                reference_reset_every=25,
-            ),
-            evaluation=EvaluationOptions(eval_every=10, eval_samples=16, eval_temperature=0.6),
-            checkpoint=CheckpointOptions(save_every=5),
+        _r1_zero("r1-zero", "", steps=650, learning_rate=3e-6),
+    ),
+    # Section B.4.1: "over 10K" updates.
+    "r1-zero-qwen-32b": (
+        "R1-Zero for Qwen2.5-32B; give --dataset.",
+        dataclasses.replace(
+            _r1_zero("r1-zero-qwen-32b", "Qwen/Qwen2.5-32B", steps=625, learning_rate=2e-6),
+            sharding=ShardingOptions(activation_checkpointing=True),
         ),
     ),
     # Liu et al. 2025 (2503.20783), table 6 and its script: 8 updates of 128 responses a rollout.
@@ -68,20 +104,14 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     # would be 1,331.
     "dr-grpo-7b": (
         "The recipe of Dr. GRPO for Qwen2.5-Math-7B; give --dataset (MATH, levels 3 to 5).",
-        TrainConfig(
-            preset="dr-grpo-7b",
-            model="Qwen/Qwen2.5-Math-7B",
-            template="qwen-math",
-            dtype="bfloat16",
-            data=DataOptions(dataset="", eval_problems=200),
-            rollout=RolloutOptions(
-                num_prompts=128, group_size=8, max_new_tokens=3000, rows_per_batch=128
-            ),
-            reward=RewardOptions(format_weight=0.0),
-            loss=LossOptions(loss="dr_grpo"),
-            optimizer=OptimizerOptions(steps=500, learning_rate=1e-6, minibatches=8),
-            evaluation=EvaluationOptions(eval_every=16, eval_samples=1, eval_temperature=0.0),
-            checkpoint=CheckpointOptions(save_every=16),
-        ),
+        _dr_grpo("dr-grpo-7b", "Qwen/Qwen2.5-Math-7B", "qwen-math"),
+    ),
+    "dr-grpo-1.5b": (
+        "The recipe of Dr. GRPO for Qwen2.5-Math-1.5B; give --dataset (MATH, 12,000 problems).",
+        _dr_grpo("dr-grpo-1.5b", "Qwen/Qwen2.5-Math-1.5B", "qwen-math"),
+    ),
+    "dr-grpo-3b": (
+        "The recipe of Dr. GRPO for Llama-3.2-3B-NuminaQA; give --dataset (MATH, 12,000 problems).",
+        _dr_grpo("dr-grpo-3b", "lkevinzc/Llama-3.2-3B-NuminaQA", "r1-drgrpo"),
     ),
 }

@@ -163,7 +163,7 @@ def pretrain(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(seed, "tiny initial weights"))
-        model = LlamaForCausalLM(_model_config(tokenizer, settings))
+        model = LlamaForCausalLM(model_config(tokenizer, settings))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(derive_key(seed, "tiny documents"))
     prompt_end_id = tokenizer.convert_tokens_to_ids(task.PROMPT_END)
@@ -190,7 +190,8 @@ def pretrain(
     return model.eval()
 
 
-def _model_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSettings) -> LlamaConfig:
+def model_config(tokenizer: PreTrainedTokenizerFast, settings: PretrainingSettings) -> LlamaConfig:
+    """The shape of the model."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,

@@ -18,6 +18,7 @@ import kernels
 from trainer.checkpoints import step_of
 from trainer.command_line import parse_command_line
 from trainer.config import RolloutOptions, TrainConfig
+from trainer.dry_run import dry_run, split_arguments
 from trainer.evaluation import evaluate
 from trainer.fsdp import from_main_rank, gather_in_order
 from trainer.packing import UpdateSample
@@ -269,6 +270,9 @@ def _run(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
+    rest, node = split_arguments(arguments)
+    if node is not None:
+        return exit_code_of(lambda given: dry_run(given, node), rest)
     return exit_code_of(_run, arguments)
 
 
