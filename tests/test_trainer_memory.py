@@ -195,7 +195,7 @@ def test_plan_of_a_large_recipe_needs_neither_weights_nor_gpu() -> None:
         num_key_value_heads=4,
         tie_word_embeddings=False,
     )
-    recipe = PRESETS["dr-grpo-7b"][1]
+    recipe = dataclasses.replace(PRESETS["dr-grpo-7b"][1], sharding=ShardingOptions())
     made = plan_memory(model, recipe, ranks=8, device="cuda", device_bytes=80 << 30)
     # 7.62e9 parameters: 4 bytes each for weights, 8 for AdamW.
     assert size(made, "weights") == pytest.approx(7.62e9 * 4 / 8, rel=0.01)

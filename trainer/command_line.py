@@ -107,9 +107,7 @@ def _print_presets(presets: Mapping[str, tuple[str, object]], default_preset: st
     width = max(16, *map(len, presets))
     for name, (description, _) in presets.items():
         print(f"  {name:{width}} {description}")
-    print(
-        "\n--dry-run [RANKSxGIB] prints config, data check and memory plan of train.py and ends.\n"
-    )
+    print("\n--dry-run [RANKSxGIB] prints config, data check and memory plan, and ends.\n")
 
 
 def _first_sentence(box: str) -> str:

@@ -179,7 +179,8 @@ def plan_table(plan: MemoryPlan) -> str:
 
 def _when(part: MemoryPart, plan: MemoryPlan) -> str:
     """When a part is there, where that is not always; and where, if not on the device."""
-    when = "" if len(part.phases) > 2 else ", ".join(PHASE_NAMES[each] for each in part.phases)
+    is_always_there = set(plan.phases) <= set(part.phases)
+    when = "" if is_always_there else ", ".join(PHASE_NAMES[each] for each in part.phases)
     where = "host" if part.on_host and plan.device != "cpu" else ""
     return "; ".join(filter(None, (when, where)))
 

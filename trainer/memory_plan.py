@@ -6,7 +6,8 @@ run may need, not what it needs on average.
 
 A plan has parts; each is there in some phases, and the largest sum over a phase is the peak:
 `rollout` (and evaluation), `forward` (until the head has its gradient, activations of a micro-batch
-being kept) and `backward` (its end, where the gradients of the embedding are whole).
+being kept) and `backward` (its end, where the gradients of the embedding are whole). Fine-tuning
+has the last two.
 """
 
 import copy
@@ -19,11 +20,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kernels.linear_head import CHUNK_BYTES
-from trainer.config import TrainConfig
+from trainer.config import RunConfig, TrainConfig
 from trainer.exact_head import BLOCK_ROWS
 from trainer.kept_activations import ATTENTION, activation_bytes
 from trainer.lora import Adapters
 from trainer.parity import WINDOW_TOKENS
+from trainer.sft_config import SftConfig
 
 PHASES = ("rollout", "forward", "backward")
 UPDATE = ("forward", "backward")
@@ -56,6 +58,7 @@ class MemoryPlan:
     device: str
     ranks: int
     parts: tuple[MemoryPart, ...]
+    phases: tuple[str, ...] = PHASES
 
     def in_phase(self, phase: str, *, on_host: bool) -> int:
         """Bytes of a phase, in host or device memory."""
@@ -68,7 +71,7 @@ class MemoryPlan:
 
     def peak(self, *, on_host: bool) -> tuple[str, int]:
         """The phase that needs most, and its bytes."""
-        sizes = {phase: self.in_phase(phase, on_host=on_host) for phase in PHASES}
+        sizes = {phase: self.in_phase(phase, on_host=on_host) for phase in self.phases}
         worst = max(sizes, key=lambda phase: sizes[phase])
         return worst, sizes[worst]
 
@@ -104,17 +107,56 @@ def plan_memory(
         device=device,
         ranks=ranks,
         parts=(
-            *_weight_parts(sizes, config, ranks, device),
+            *_weight_parts(
+                sizes, config, ranks, device, has_reference=bool(config.loss_spec.kl_weight)
+            ),
             *_sampler_parts(sizes, config, ranks, device, longest, device_bytes),
             *_update_parts(sizes, config, ranks, device, longest),
         ),
     )
 
 
+def plan_tuning(
+    model_config: PretrainedConfig,
+    config: SftConfig,
+    *,
+    ranks: int,
+    device: str,
+    longest: int | None = None,
+) -> MemoryPlan:
+    """The memory of each rank of supervised fine-tuning.
+
+    Args:
+        model_config, config, ranks, device: see `plan_memory`.
+        longest: tokens of the longest sequence; None takes `--max-tokens`.
+    """
+    sizes = _ModelSizes(model_config, config, device)
+    longest, options = longest or config.data.max_tokens, config.optimizer
+    of_rank = -(-options.batch_size // ranks) * longest
+    tokens = max(min(options.micro_batch_tokens, of_rank), longest)
+    return MemoryPlan(
+        device=device,
+        ranks=ranks,
+        parts=(
+            *_weight_parts(sizes, config, ranks, device, has_reference=False),
+            *_pass_parts(
+                sizes,
+                config,
+                ranks,
+                device,
+                tokens=tokens,
+                positions=tokens,
+                head=_head_bytes(sizes, config, ranks, device, tokens),
+            ),
+        ),
+        phases=UPDATE,
+    )
+
+
 class _ModelSizes:
     """Counts of a model without weights."""
 
-    def __init__(self, model_config: PretrainedConfig, config: TrainConfig, device: str) -> None:
+    def __init__(self, model_config: PretrainedConfig, config: RunConfig, device: str) -> None:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -154,7 +196,7 @@ def _trained_numel(module: nn.Module) -> int:
 
 
 def _weight_parts(
-    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str
+    sizes: _ModelSizes, config: RunConfig, ranks: int, device: str, *, has_reference: bool
 ) -> Iterator[MemoryPart]:
     shards = ranks // config.sharding.replicate
     own, trained = (-(-count // shards) * FLOAT32 for count in (sizes.numel, sizes.trained_numel))
@@ -162,7 +204,7 @@ def _weight_parts(
     on_host = on_cpu or config.sharding.cpu_offload
     more_ranks = "more ranks" if on_cpu else "--cpu-offload True or more ranks"
     # With adapters it is the model without them.
-    has_reference = bool(config.loss_spec.kl_weight) and not sizes.has_adapters
+    has_reference = has_reference and not sizes.has_adapters
     smaller = "a smaller --model"
     # Kept in host memory from the first checkpoint on; each rank has its share of whole tensors.
     yield MemoryPart(
@@ -192,7 +234,7 @@ def _weight_parts(
     )
 
 
-def is_sharded(config: TrainConfig, ranks: int) -> bool:
+def is_sharded(config: RunConfig, ranks: int) -> bool:
     """Whether FSDP has the weights; one rank in float32 goes without."""
     return ranks > 1 or config.dtype != "float32" or config.sharding.cpu_offload
 
@@ -275,7 +317,6 @@ def _update_parts(
     sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, longest: int
 ) -> Iterator[MemoryPart]:
     options, rollout = config.optimizer, config.rollout
-    on_cpu = device == "cpu"
     completions = rollout.num_prompts * rollout.group_size
     # A group has its prompt once in the packed tokens, and once a completion in attention.
     of_prompt = longest - rollout.max_new_tokens + rollout.group_size * rollout.max_new_tokens
@@ -285,24 +326,47 @@ def _update_parts(
         # They take completions from their groups.
         of_rank = -(-completions // (ranks * options.minibatches)) * longest
     tokens = max(min(options.micro_batch_tokens, of_rank), longest)
+    yield from _pass_parts(
+        sizes,
+        config,
+        ranks,
+        device,
+        tokens=tokens,
+        positions=tokens * in_attention // of_prompt,
+        head=_policy_head_bytes(sizes, config, ranks, device, tokens),
+    )
+    yield MemoryPart(
+        name="rollout buffers",
+        bytes=completions * rollout.max_new_tokens * (8 + 3 * FLOAT32),
+        phases=UPDATE,
+        knob="a smaller --num-prompts",
+        on_host=device == "cpu",
+    )
+
+
+def _pass_parts(
+    sizes: _ModelSizes,
+    config: RunConfig,
+    ranks: int,
+    device: str,
+    *,
+    tokens: int,
+    positions: int,
+    head: int,
+) -> Iterator[MemoryPart]:
+    """Of a forward and backward of packed tokens with so many positions of attention."""
     checkpointing = config.sharding.activation_checkpointing
     kept = activation_bytes(
-        sizes.model,
-        tokens,
-        tokens * in_attention // of_prompt,
-        checkpointing=checkpointing,
-        device=device,
+        sizes.model, tokens, positions, checkpointing=checkpointing, device=device
     )
     smaller = "a smaller --micro-batch-tokens"
-    embedding = sizes.vocabulary * sizes.width
     itemsize = max(sizes.itemsize, FLOAT32) if not is_sharded(config, ranks) else sizes.itemsize
     # Gradients of the embedding and of the head, whole, and FSDP's float32 copy to reduce.
-    whole = embedding * itemsize * 2
+    whole = sizes.vocabulary * sizes.width * itemsize * 2
     if is_sharded(config, ranks):
         whole += sizes.root_numel * FLOAT32
     if sizes.has_adapters:
         whole = 0
-    buffers = completions * rollout.max_new_tokens * (8 + 3 * FLOAT32)
     for name, size, phases, knob in (
         (
             "activations",
@@ -310,25 +374,41 @@ def _update_parts(
             ("forward",),
             smaller if checkpointing else f"--activation-checkpointing True or {smaller}",
         ),
-        ("head", _head_bytes(sizes, config, ranks, device, tokens), ("forward",), smaller),
+        ("head", head, ("forward",), smaller),
         ("whole gradients", whole, ("backward",), "a smaller --model"),
-        ("rollout buffers", buffers, UPDATE, "a smaller --num-prompts"),
     ):
-        yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=on_cpu)
+        yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=device == "cpu")
+
+
+def _policy_head_bytes(
+    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, tokens: int
+) -> int:
+    """Of the LM head under a policy loss: a chunk of logits, or what the parity gate needs after
+    it."""
+    rows, tokens_in_head = _head_shape(sizes, config, ranks, tokens)
+    whole, gate = 0, 0
+    if config.loss_spec.couples_tokens:
+        whole = min(config.rollout.max_new_tokens, tokens_in_head) * rows * FLOAT32
+    if config.parity_every:
+        gate = PARITY_MATRICES * min(WINDOW_TOKENS, tokens_in_head) * rows * 8
+        gate += min(BLOCK_ROWS, rows) * sizes.width * 8
+    return _head_bytes(sizes, config, ranks, device, tokens, logits=whole, gate=gate)
 
 
 def _head_bytes(
-    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, tokens: int
+    sizes: _ModelSizes,
+    config: RunConfig,
+    ranks: int,
+    device: str,
+    tokens: int,
+    *,
+    logits: int = 0,
+    gate: int = 0,
 ) -> int:
-    """Of the LM head at its fullest: the gradient by its weight, and a chunk of logits or what the
-    parity gate needs after it."""
-    sharded = config.sharding.shard_head
-    rows = -(-sizes.vocabulary // ranks) if sharded else sizes.vocabulary
-    tokens = tokens * ranks if sharded else tokens
-    logits = min(CHUNK_BYTES[device], tokens * rows * FLOAT32)
-    if config.loss_spec.couples_tokens:
-        longest = config.rollout.max_new_tokens * rows * FLOAT32
-        logits = max(logits, min(longest, tokens * rows * FLOAT32))
+    """Of the LM head at its fullest: the gradient by its weight, and a chunk of logits, at least
+    `logits`, or `gate`."""
+    rows, tokens = _head_shape(sizes, config, ranks, tokens)
+    logits = max(logits, min(CHUNK_BYTES[device], tokens * rows * FLOAT32))
     logits *= CHUNK_COPIES.get(config.backend, 1)
     if device != "cpu":
         # Converted for the products.
@@ -338,9 +418,12 @@ def _head_bytes(
         weight_gradient += rows * sizes.width * sizes.itemsize
     if sizes.has_adapters:
         weight_gradient = 0
-    gate = 0
-    if config.parity_every:
-        gate = PARITY_MATRICES * min(WINDOW_TOKENS, tokens) * rows * 8
-        gate += min(BLOCK_ROWS, rows) * sizes.width * 8
     states = 2 * tokens * sizes.width * sizes.itemsize
     return max(logits, gate) + weight_gradient + states
+
+
+def _head_shape(sizes: _ModelSizes, config: RunConfig, ranks: int, tokens: int) -> tuple[int, int]:
+    """Rows of the output layer on a rank, and the tokens they are multiplied with."""
+    if config.sharding.shard_head:
+        return -(-sizes.vocabulary // ranks), tokens * ranks
+    return sizes.vocabulary, tokens

@@ -8,10 +8,12 @@ R1-Zero loop, exit codes among it.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trainer.checkpoints import CheckpointStore, step_of
 from trainer.command_line import parse_config
+from trainer.dry_run import dry_run_of_tuning, split_arguments
 from trainer.fsdp import World, from_main_rank
 from trainer.host_memory import return_free_memory
 from trainer.memory_check import RunMemory
@@ -177,7 +179,10 @@ def main(arguments: Sequence[str]) -> int:
     def command(given: Sequence[str]) -> None:
         run_to_the_end(parse_config(given, PRESETS, DEFAULT_PRESET, "torchrun trainer/sft.py"))
 
-    return exit_code_of(command, arguments)
+    rest, node = split_arguments(arguments)
+    return exit_code_of(
+        command if node is None else partial(dry_run_of_tuning, node_text=node), rest
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 
 import torch
 
@@ -271,9 +272,7 @@ def _run(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     rest, node = split_arguments(arguments)
-    if node is not None:
-        return exit_code_of(lambda given: dry_run(given, node), rest)
-    return exit_code_of(_run, arguments)
+    return exit_code_of(_run if node is None else partial(dry_run, node_text=node), rest)
 
 
 if __name__ == "__main__":
