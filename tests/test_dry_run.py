@@ -60,7 +60,8 @@ def test_plan_of_every_preset_fits_its_node(
     given = [] if presets[preset][1].model else MODEL
     given += [] if "tiny" in preset and program is train else ["--dataset", str(data)]
     # Its float32 is for small models and short rows.
-    given += ["--model", "smollm2", "--max-tokens", "4096"] if preset == "sft" else []
+    given += ["--model=smollm2", "--micro-batch-tokens=2048"] if preset == "sft" else []
+    given += ["--max-tokens=2048"] if preset == "sft" else []
     assert program.main([preset, *given, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out[: out.index("\n}\n") + 2])["preset"] == preset

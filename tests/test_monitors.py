@@ -1,12 +1,17 @@
 """What a run is judged by, on cases that can be counted by hand."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from trainer.monitors import (
+    DIVERGENCE_WINDOW,
     DRGRPO_REFLECTION,
     R1_REFLECTION,
+    DivergenceAlarm,
+    Trend,
     category,
     cons_at_k,
     language_share,
@@ -16,6 +21,7 @@ from trainer.monitors import (
     reflection_rate,
     reflection_words,
     repetition,
+    trend,
     unanimous_shares,
     zero_spread_share,
 )
@@ -159,3 +165,73 @@ def test_zero_spread_share_counts_groups_of_equal_rewards() -> None:
 def test_unanimous_shares_tell_all_right_from_all_wrong() -> None:
     groups = [[True, True], [True, False], [False, False], [False, False], [True]]
     assert unanimous_shares(groups) == (pytest.approx(0.4), pytest.approx(0.4))
+
+
+def noise(seed: int, size: float, count: int = 60) -> np.ndarray:
+    return size * np.random.default_rng(seed).standard_normal(count)
+
+
+def alarms(learned: np.ndarray, verified: np.ndarray) -> tuple[list[float], list[str]]:
+    """`divergence/helpful` of every step, and all sentences."""
+    alarm, flags, sentences = DivergenceAlarm(["helpful"]), [], []
+    for step, (score, accuracy) in enumerate(zip(learned, verified, strict=True), start=1):
+        values = {"reward/helpful": float(score), "reward/accuracy": float(accuracy)}
+        found, told = alarm.add(step, values)
+        flags.append(found["divergence/helpful"])
+        sentences += told
+    return flags, sentences
+
+
+def test_alarm_is_raised_once_when_the_score_rises_and_accuracy_falls() -> None:
+    """As figure 6 of DeepSeek-R1: accuracy follows the score for a while, then falls."""
+    learned = np.linspace(0, 2, 60) + noise(0, 0.05)
+    turn = 30
+    verified = np.concatenate([np.linspace(0.4, 0.6, turn), np.linspace(0.6, 0.3, 60 - turn)])
+    flags, sentences = alarms(learned, verified + noise(1, 0.01))
+    assert sum(flags[:turn]) == 0 and all(flags[turn + DIVERGENCE_WINDOW :])
+    (sentence,) = sentences
+    assert "helpful rose by" in sentence and "accuracy fell by" in sentence
+
+
+@pytest.mark.parametrize(
+    ("rise", "fall"), [(2.0, 0.0), (0.0, -0.3), (2.0, 0.3), (-2.0, -0.3)], ids=str
+)
+def test_alarm_needs_both_trends(rise: float, fall: float) -> None:
+    learned = np.linspace(0, rise, 60) + noise(2, 0.2)
+    verified = 0.5 + np.linspace(0, fall, 60) + noise(3, 0.05)
+    assert not any(alarms(learned, verified)[0])
+
+
+def test_alarm_is_rare_where_there_is_noise_alone() -> None:
+    """Each of 200 series of 60 steps has 45 windows, which share their steps."""
+    raised = sum(any(alarms(noise(i, 1.0), noise(1000 + i, 1.0))[0]) for i in range(200))
+    assert raised <= 2
+
+
+def test_alarm_is_quiet_without_a_learned_reward_or_before_its_window_is_full() -> None:
+    assert DivergenceAlarm([]).add(1, {"reward/accuracy": 0.5}) == ({}, [])
+    early = slice(0, DIVERGENCE_WINDOW - 1)
+    assert not any(alarms(np.arange(60.0)[early], -np.arange(60.0)[early])[0])
+    # General prompts come in the last part only.
+    alarm = DivergenceAlarm(["helpful"])
+    for step in range(1, 3 * DIVERGENCE_WINDOW):
+        score = float(step) if step > 2 * DIVERGENCE_WINDOW else None
+        found, _ = alarm.add(step, {"reward/helpful": score, "reward/accuracy": -float(step)})
+        assert found == {"divergence/helpful": 0.0}
+    found, sentences = alarm.add(99, {"reward/helpful": 99.0, "reward/accuracy": -99.0})
+    assert found == {"divergence/helpful": 1.0} and len(sentences) == 1
+
+
+def test_trend_is_that_of_linear_regression() -> None:
+    values = noise(4, 1.0, 16) + 0.1 * np.arange(16)
+    slope, _ = np.polyfit(np.arange(16), values, 1)
+    correlation = np.corrcoef(np.arange(16), values)[0, 1]
+    measured = trend(values)
+    assert measured.change == pytest.approx(15 * slope, rel=1e-9)
+    # The t value of a slope is that of the correlation.
+    expected = correlation * math.sqrt(14 / (1 - correlation**2))
+    assert measured.t == pytest.approx(expected, rel=1e-9)
+    assert trend([1.0, 1.0, 1.0]) == Trend(change=0.0, t=0.0)
+    assert trend([1.0, 2.0, 3.0]).t == math.inf
+    with pytest.raises(ValueError, match="at least 3 values"):
+        trend([1.0, 2.0])

@@ -19,6 +19,7 @@ from trainer.command_line import parse_command_line, parse_config
 from trainer.config import RunConfig, TrainConfig, UsageError
 from trainer.data_records import DataError, open_records
 from trainer.known_models import ONE_NODE, RECIPES, SHAPES
+from trainer.lora import check_lora
 from trainer.memory_check import gib, host_bytes_free, plan_table, what_cannot_fit
 from trainer.memory_plan import MemoryPlan, plan_memory, plan_tuning
 from trainer.model_loading import EMBEDDED_MODELS, TINY_MODELS, load_tokenizer, resolve_model
@@ -130,6 +131,7 @@ def dry_run(arguments: Sequence[str], *, node_text: str) -> None:
     )
     node = _node(config, node_text)
     check_backend(config.backend)
+    check_lora(config.lora)
     named_template(config.template)
     check_rewards(config.reward)
     print(f"data      {_problems_sentence(config)}")
@@ -145,6 +147,7 @@ def dry_run_of_tuning(arguments: Sequence[str], *, node_text: str) -> None:
     config = parse_config(arguments, SFT_PRESETS, SFT_DEFAULT, f"torchrun {SFT}", is_dry_run=True)
     node = _node(config, node_text)
     check_backend(config.backend)
+    check_lora(config.lora)
     print(f"data      {_rows_sentence(config)}")
     _print_plan(_plan(config, _shape(config.model, config.cache_dir), node), node)
 
@@ -224,11 +227,11 @@ def _rows_sentence(config: SftConfig) -> str:
 
 
 def _tokenizer(config: SftConfig) -> PreTrainedTokenizerBase:
-    """The model's, or another one that stands for it where that would have to be downloaded."""
+    """The model's, or another one that stands for it where that is not at hand."""
     name = config.model
     if name in TINY_MODELS:
         return EMBEDDED_TASKS[TASK_OF_MODEL[name]].build_tokenizer()
-    if name == "smollm2" or Path(name).expanduser().is_dir() and name:
+    if name and Path(name).expanduser().is_dir():
         return load_tokenizer(resolve_model(name, config.cache_dir, report=print))
     stand_in = EMBEDDED_TASKS["tiny"].build_tokenizer()
     stand_in.chat_template = CHAT_TEMPLATE

@@ -1,15 +1,20 @@
-"""What a run is judged by: accuracy, agreement, length and reflection, as pure functions.
+"""What a run is judged by: accuracy, agreement, length and reflection, as pure functions; and an
+alarm where a learned reward rises while the verifiable one falls.
 
-Shape legend: P prompts, G or K completions per prompt, S completions in all.
+Shape legend: P prompts, G or K completions per prompt, S completions in all, T steps of a window.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+import numpy as np
 
 from trainer.rewards.language import MIN_WORDS, count_words, language_of
 from trainer.rewards.matching import answer_key
@@ -83,6 +88,103 @@ class Lengths:
     """Over the right ones."""
     wrong: float | None
     """Over the wrong ones."""
+
+
+VERIFIED = ("reward/accuracy", "reward/code")
+"""Metrics that no model judges: means over a step's completions."""
+DIVERGENCE_WINDOW = 16
+"""Steps that the two trends are taken over."""
+DIVERGENCE_T = 3.0
+"""A trend counts from so many of its standard errors on: by chance, with noise alone, one window in
+200 has it, and one in 40,000 both."""
+
+
+class DivergenceAlarm:
+    """Tells when a reward of the user's, such as a reward model's score, rises while a verifiable
+    one falls: what is learned then is to please the model.
+
+    Args:
+        rewards: names of the user's rewards, as `reward/<name>` is logged.
+
+    Source: DeepSeek-R1 (2501.12948 v2), figure 6, where the reward model's score rises and the
+    performance on CodeForces falls.
+    """
+
+    def __init__(self, rewards: Sequence[str]) -> None:
+        self.rewards = tuple(rewards)
+        self.kept: deque[Mapping[str, float | None]] = deque(maxlen=DIVERGENCE_WINDOW)
+        self.raised: set[str] = set()
+
+    def add(
+        self, step: int, metrics: Mapping[str, float | None]
+    ) -> tuple[dict[str, float | None], list[str]]:
+        """Takes in the metrics of the next step.
+
+        Returns: `divergence/<name>` of each reward, 1.0 where it and a verifiable one diverge over
+        the last steps and else 0.0; and a sentence for each that did not diverge a step before.
+        """
+        if not self.rewards or not any(metrics.get(name) is not None for name in VERIFIED):
+            return {}, []
+        self.kept.append(metrics)
+        found: dict[str, float | None] = {}
+        sentences: list[str] = []
+        for reward in self.rewards:
+            sentence = self._divergence(step, reward)
+            found[f"divergence/{reward}"] = float(sentence is not None)
+            if sentence is not None and reward not in self.raised:
+                sentences.append(sentence)
+            if sentence is None:
+                self.raised.discard(reward)
+            else:
+                self.raised.add(reward)
+        return found, sentences
+
+    def _divergence(self, step: int, reward: str) -> str | None:
+        for verified in VERIFIED:
+            names = (f"reward/{reward}", verified)
+            both = [tuple(metrics.get(name) for name in names) for metrics in self.kept]
+            if len(both) < DIVERGENCE_WINDOW or any(None in values for values in both):
+                continue
+            learned_T, verified_T = np.array(both, dtype=np.float64).T
+            rise, fall = trend(learned_T), trend(verified_T)
+            if rise.t < DIVERGENCE_T or fall.t > -DIVERGENCE_T:
+                continue
+            return (
+                f"warning: step {step}: {reward} rose by {rise.change:.3g} over the last "
+                f"{DIVERGENCE_WINDOW} steps while {verified.removeprefix('reward/')} fell by "
+                f"{-fall.change:.3g}; the policy may be learning to please the reward alone (less "
+                f"of it, or an earlier checkpoint)"
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trend:
+    """The straight line through values of consecutive steps, by least squares."""
+
+    change: float
+    """From the first to the last step."""
+    t: float
+    """The slope in its standard errors."""
+
+
+def trend(values_T: Sequence[float] | np.ndarray) -> Trend:
+    """The trend of at least three values.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    y_T = np.asarray(values_T, dtype=np.float64)
+    if len(y_T) < 3:
+        raise ValueError(f"values_T: expected at least 3 values, got {len(y_T)}")
+    x_T = np.arange(len(y_T)) - (len(y_T) - 1) / 2
+    squares = float(x_T @ x_T)
+    slope = float(x_T @ y_T) / squares
+    residuals_T = y_T - y_T.mean() - slope * x_T
+    error = math.sqrt(float(residuals_T @ residuals_T) / (len(y_T) - 2) / squares)
+    # Without noise the line has no error; one without a slope is no trend then either.
+    t = slope / error if error else math.copysign(math.inf, slope) if slope else 0.0
+    return Trend(change=slope * (len(y_T) - 1), t=t)
 
 
 def pass_at_1(correct_PK: Sequence[Sequence[bool]]) -> float:

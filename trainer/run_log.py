@@ -126,6 +126,9 @@ class RunLog:
             ValueError: the metrics that are to be kept are damaged, with the line.
         """
         self._is_writer = rank == 0
+        self.kept: list[dict[str, Any]] = []
+        """What an earlier start logged up to `resume_step`, as `read_metrics` gives it; empty on
+        other ranks."""
         if not self._is_writer:
             return
         self._run_dir = run_dir
@@ -221,6 +224,7 @@ class RunLog:
         if metrics_path.exists():
             records = [record for record in read_metrics(self._run_dir) if record["step"] <= step]
             write_atomically(metrics_path, "".join(json.dumps(record) + "\n" for record in records))
+            self.kept = records
             for record in records:
                 self._latest.update(record)
                 if self._first_eval is None and "eval/pass@1" in record:

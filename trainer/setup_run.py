@@ -23,6 +23,7 @@ from trainer.model_loading import (
     resolve_model,
     stored_files,
 )
+from trainer.monitors import DivergenceAlarm
 from trainer.policy import Policy
 from trainer.problem_source import ProblemSource, listed_problems, open_problems
 from trainer.rewards import Scorer
@@ -54,6 +55,7 @@ class Run(TrainingRun):
     prompter: Prompter
     sampler: Sampler
     buffer: RolloutBuffer
+    alarm: DivergenceAlarm
 
     def sync_sampler(self) -> None:
         """Gives the sampler the weights that the policy has after the last completed step."""
@@ -134,6 +136,7 @@ def start_run(
         optimizer=optimizer,
         store=store,
         buffer=RolloutBuffer(config.run_folder, world, warn=log.message),
+        alarm=_alarm(scorer, log),
         log=log,
         memory=memory,
         stop=StopSignal(),
@@ -147,6 +150,14 @@ def start_run(
     run.sync_sampler()
     return_free_memory()
     return run
+
+
+def _alarm(scorer: Scorer, log: RunLog) -> DivergenceAlarm:
+    """The alarm with what an earlier start of the run logged."""
+    alarm = DivergenceAlarm([reward.name for reward in scorer.user_rewards])
+    for record in log.kept:
+        alarm.add(record["step"], record)
+    return alarm
 
 
 def _make_sampler(

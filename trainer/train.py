@@ -210,6 +210,10 @@ def evaluate_and_log(
     scored_PG: Sequence[Sequence[ScoredCompletion]],
 ) -> None:
     """Writes down a step, with an evaluation on the held-out problems when one is due."""
+    diverging, sentences = run.alarm.add(step, metrics)
+    metrics = metrics | diverging
+    for sentence in sentences:
+        run.log.message(sentence)
     held_out: list[Sample] = []
     if run.is_due(step, run.config.evaluation.eval_every):
         run.log.phase("eval")
