@@ -105,6 +105,8 @@ RECIPES: dict[str, Recipe] = {
         f"{_DISTILLED} 50.4, MATH-500 89.1, GPQA Diamond 49.0, LiveCodeBench 39.6 %"
     ),
     "r1-distill-llama-70b": Recipe(
-        f"{_DISTILLED} 70.0, MATH-500 94.5, GPQA Diamond 65.2, LiveCodeBench 57.5 %", ranks=64
+        f"{_DISTILLED} 70.0, MATH-500 94.5, GPQA Diamond 65.2, LiveCodeBench 57.5 %",
+        ranks=32,
+        gpu_gib=140,
     ),
 }
