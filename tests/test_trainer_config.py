@@ -9,12 +9,13 @@ from trainer.command_line import parse_command_line
 from trainer.config import TrainConfig, UsageError
 from trainer.presets import PRESETS
 
-NEEDED = {"r1-zero": ["--model", "m", "--dataset", "d"], "dr-grpo-7b": ["--dataset", "d"]}
+NEEDED = {"r1-zero": ["--model", "m"]}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_config_survives_json(preset: str) -> None:
-    config = parse_command_line([preset, *NEEDED.get(preset, []), "--run-dir", "somewhere"])
+    given = ["--dataset", "d", "--run-dir", "somewhere"]
+    config = parse_command_line([preset, *NEEDED.get(preset, []), *given])
     assert TrainConfig.from_json(config.to_json()) == config
 
 
@@ -42,6 +43,10 @@ def test_presets_hold_the_papers_numbers() -> None:
     dr_grpo = PRESETS["dr-grpo-7b"][1]
     assert dr_grpo.loss_spec.max_tokens == dr_grpo.rollout.max_new_tokens == 3000
     assert (dr_grpo.loss_spec.advantage_scale, dr_grpo.optimizer.minibatches) == ("none", 8)
+    templates = {size: PRESETS[f"dr-grpo-{size}"][1].template for size in ("1.5b", "3b", "7b")}
+    assert templates == {"1.5b": "qwen-math", "3b": "r1-drgrpo", "7b": "qwen-math"}
+    qwen = PRESETS["r1-zero-qwen-32b"][1]
+    assert (qwen.optimizer.learning_rate, qwen.optimizer.steps * 16) == (2e-6, 10_000)
 
 
 def test_help_lists_every_field_and_preset(capsys: pytest.CaptureFixture[str]) -> None:

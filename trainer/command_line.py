@@ -107,7 +107,7 @@ def _print_presets(presets: Mapping[str, tuple[str, object]], default_preset: st
     width = max(16, *map(len, presets))
     for name, (description, _) in presets.items():
         print(f"  {name:{width}} {description}")
-    print("\n--dry-run [RANKSxGIB] prints config, data check and memory plan, and ends.\n")
+    print("\nWith --dry-run [RANKSxGIB]: config, data check and memory plan, without weights.\n")
 
 
 def _first_sentence(box: str) -> str:

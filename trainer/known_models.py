@@ -6,39 +6,59 @@ from dataclasses import dataclass
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 
-def _qwen(width: int, inner: int, layers: int, heads: int, **changed: object) -> Qwen2Config:
+def _qwen(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    *,
+    key_value_heads: int = 8,
+    vocabulary: int = 152064,
+    tied: bool = False,
+) -> Qwen2Config:
     """A model of the Qwen2.5 family, by its config.json."""
     return Qwen2Config(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        **{"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, **changed},
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
     )
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, **changed: object) -> LlamaConfig:
+def _llama(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    *,
+    key_value_heads: int = 8,
+    vocabulary: int = 128256,
+    tied: bool = False,
+) -> LlamaConfig:
     """A model of the Llama 3 family, by its config.json."""
     return LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        **{"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, **changed},
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
     )
 
 
 SHAPES: dict[str, PretrainedConfig] = {
-    "smollm2": _llama(
-        576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True
-    ),
+    "smollm2": _llama(576, 1536, 30, 9, key_value_heads=3, vocabulary=49152, tied=True),
     "Qwen/Qwen2.5-Math-1.5B": _qwen(
-        1536, 8960, 28, 12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True
+        1536, 8960, 28, 12, key_value_heads=2, vocabulary=151936, tied=True
     ),
-    "Qwen/Qwen2.5-Math-7B": _qwen(3584, 18944, 28, 28, num_key_value_heads=4),
+    "Qwen/Qwen2.5-Math-7B": _qwen(3584, 18944, 28, 28, key_value_heads=4),
     "Qwen/Qwen2.5-14B": _qwen(5120, 13824, 48, 40),
     "Qwen/Qwen2.5-32B": _qwen(5120, 27648, 64, 40),
-    "lkevinzc/Llama-3.2-3B-NuminaQA": _llama(3072, 8192, 28, 24, tie_word_embeddings=True),
+    "lkevinzc/Llama-3.2-3B-NuminaQA": _llama(3072, 8192, 28, 24, tied=True),
     "meta-llama/Llama-3.1-8B": _llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.3-70B-Instruct": _llama(8192, 28672, 80, 64),
 }
