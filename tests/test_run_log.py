@@ -316,3 +316,12 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.Terminal(FakeTerminal()).colour("x", "\x1b[32m") == "\x1b[32mx\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     assert terminal.Terminal(FakeTerminal()).colour("x", "\x1b[32m") == "x"
+
+
+def test_lines_of_an_earlier_start_are_at_hand_up_to_the_checkpoint(tmp_path: Path) -> None:
+    run_steps(tmp_path, range(6))
+    with RunLog(tmp_path, total_steps=9, resume_step=3, stream=io.StringIO()) as log:
+        assert [record["step"] for record in log.kept] == [0, 1, 2, 3]
+        assert log.kept[3]["reward/mean"] == 0.3
+    with RunLog(tmp_path, total_steps=9, resume_step=3, rank=1) as other:
+        assert other.kept == []
