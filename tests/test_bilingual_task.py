@@ -12,7 +12,6 @@ from trainer.bilingual_task import (
     BOX_OPEN,
     LANGUAGES,
     LARGEST_TOTAL,
-    MOST_HELD_OUT,
     POLITE,
     WORDS,
     build_tokenizer,
@@ -29,6 +28,7 @@ from trainer.bilingual_task import (
     translate,
 )
 from trainer.config import DataOptions
+from trainer.drawn_sums import MOST_HELD_OUT
 from trainer.model_loading import TINY_MODELS
 from trainer.problem_source import open_problems
 from trainer.rewards import extract_answer, format_reward, language_consistency

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import tiny_task
+from trainer.drawn_sums import MOST_HELD_OUT, is_held_out
 from trainer.monitors import R1_REFLECTION
 from trainer.rewards import extract_answer, format_reward
 from trainer.templates import template_by_name
@@ -23,7 +24,6 @@ from trainer.tiny_task import (
     build_tokenizer,
     corpus_document,
     held_out_problems,
-    is_held_out,
     textbook_document,
     training_problem,
 )
@@ -105,8 +105,8 @@ def test_problems_depend_on_seed_and_index_only():
 
 
 def test_held_out_problems_never_occur_in_training(mixture):
-    held_out = {problem.question for problem in held_out_problems(tiny_task.MOST_HELD_OUT)}
-    assert len(held_out) == tiny_task.MOST_HELD_OUT
+    held_out = {problem.question for problem in held_out_problems(MOST_HELD_OUT)}
+    assert len(held_out) == MOST_HELD_OUT
     assert all(map(is_held_out, held_out))
     seen = {question for question, _ in mixture}
     seen |= {question for question, _ in documents(textbook_document, 4000)}
@@ -119,7 +119,7 @@ def test_held_out_problems_are_a_prefix_of_a_fixed_sequence():
     assert held_out_problems(20) == held_out_problems(50)[:20]
 
 
-@pytest.mark.parametrize("count", [0, tiny_task.MOST_HELD_OUT + 1])
+@pytest.mark.parametrize("count", [0, MOST_HELD_OUT + 1])
 def test_held_out_problems_refuse_a_count_out_of_range(count):
     with pytest.raises(ValueError, match=f"count: expected 1 to .*, got {count}"):
         held_out_problems(count)

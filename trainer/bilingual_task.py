@@ -21,16 +21,19 @@ answer to verify: some are polite, some rude, and some count wrong. `preference_
 answer in a sentence.
 """
 
-import hashlib
 import random
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from trainer.drawn_sums import (
+    DrawnSum,
+    different_problems,
+    draw_sum,
+    is_held_out,
+    slipped,
+    word_tokenizer,
+)
 from trainer.rewards.extraction import extract_boxed
 from trainer.rewards.language import MIN_WORDS, count_words
 from trainer.seeds import derive_key
@@ -64,8 +67,6 @@ WORDS = (
 BOX_OPEN, BOX_CLOSE = "\\boxed{", "}"
 POLITE, RUDE = "always happy helping you !", "never bother me again !"
 
-HELD_OUT_SHARE = 0.1
-MOST_HELD_OUT = 2048
 GENERAL_SHARE = 0.1
 GUESS_SHARE, STEP_SHARE, CHECK_SHARE = 0.60, 0.20, 0.20
 """Of the documents that are about sums."""
@@ -80,7 +81,6 @@ SENTENCE_SHARE = 0.05
 """Of all documents about sums, those whose answer stands in a sentence."""
 TEXTBOOK_CHECK_SHARE = 0.7
 
-_PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
 _TO: dict[LanguageCode, dict[str, str]] = {
     "en": {chinese: english for english, chinese in WORDS},
     "zh": dict(WORDS),
@@ -103,22 +103,6 @@ class PreferencePair(NamedTuple):
     question: str
     chosen: str
     rejected: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """`first` and the signed numbers that follow it."""
-
-    first: int
-    terms: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        return self.first + sum(self.terms)
-
-    def question(self, language: LanguageCode) -> str:
-        words = (_number(self.first), *map(_term, self.terms), "makes", "?")
-        return translate(" ".join(words), language)
 
 
 def translate(text: str, language: LanguageCode) -> str:
@@ -149,18 +133,12 @@ def held_out_problems(count: int) -> list[Problem]:
     Raises:
         ValueError: `count` is not from 1 to MOST_HELD_OUT.
     """
-    if not 1 <= count <= MOST_HELD_OUT:
-        raise ValueError(
-            f"count: expected 1 to {MOST_HELD_OUT} held-out problems of the embedded task, "
-            f"got {count}"
-        )
     rng = random.Random(derive_key(0, "bilingual held-out problems"))
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        drawn = _draw(rng, held_out=True)
-        problem = _problem(f"bilingual-held-out-{len(problems)}", drawn, rng)
-        problems.setdefault(problem.question, problem)
-    return list(problems.values())
+
+    def draw(index: int) -> Problem:
+        return _problem(f"bilingual-held-out-{index}", _draw(rng, held_out=True), rng)
+
+    return different_problems(count, draw)
 
 
 def general_question(seed: int, index: int) -> str:
@@ -258,7 +236,7 @@ def corpus_document(rng: random.Random) -> str:
     else:
         checked = kind < GUESS_SHARE + CHECK_SHARE
         thought, total = _worked(rng, drawn, language, checked, CHECK_SLIP)
-    return f"{_prompt(drawn.question(language))} {_raggedly(rng, thought, total, language)}"
+    return f"{_prompt(_question(drawn, language))} {_raggedly(rng, thought, total, language)}"
 
 
 def textbook_document(rng: random.Random) -> str:
@@ -270,53 +248,32 @@ def textbook_document(rng: random.Random) -> str:
     drawn = _draw(rng, held_out=False)
     checked = rng.random() < TEXTBOOK_CHECK_SHARE
     thought, total = _worked(rng, drawn, language, checked, 0.0)
-    return f"{_prompt(drawn.question(language))} {_raggedly(rng, thought, total, language)}"
+    return f"{_prompt(_question(drawn, language))} {_raggedly(rng, thought, total, language)}"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of either language, tag and number."""
     words = (
-        *(_PAD, _EOS, _UNKNOWN, "User:", PROMPT_END, THINK_OPEN, THINK_CLOSE, BOX_OPEN, BOX_CLOSE),
+        *("User:", PROMPT_END, THINK_OPEN, THINK_CLOSE, BOX_OPEN, BOX_CLOSE),
         *(word for pair in WORDS for word in pair),
         *map(str, range(LARGEST_TOTAL + 1)),
     )
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, _UNKNOWN))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        unk_token=_UNKNOWN,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
+    return word_tokenizer(words)
+
+
+def _draw(rng: random.Random, *, held_out: bool) -> DrawnSum:
+    return draw_sum(
+        rng, LARGEST_TOTAL, lambda drawn: is_held_out(_question(drawn, "en")) == held_out
     )
 
 
-def _draw(rng: random.Random, *, held_out: bool) -> _Sum:
-    while True:
-        first = total = rng.randint(1, 9)
-        terms = []
-        for _ in range(rng.randint(3, 4)):
-            choices = [
-                sign * number
-                for sign in (1, -1)
-                for number in range(1, 10)
-                if 0 <= total + sign * number <= LARGEST_TOTAL
-            ]
-            terms.append(rng.choice(choices))
-            total += terms[-1]
-        drawn = _Sum(first, tuple(terms))
-        if _is_held_out(drawn) == held_out:
-            return drawn
+def _question(drawn: DrawnSum, language: LanguageCode) -> str:
+    words = (_number(drawn.first), *map(_term, drawn.terms), "makes", "?")
+    return translate(" ".join(words), language)
 
 
-def _is_held_out(drawn: _Sum) -> bool:
-    digest = hashlib.blake2b(drawn.question("en").encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**32
-
-
-def _problem(problem_id: str, drawn: _Sum, rng: random.Random) -> Problem:
-    question = drawn.question(rng.choice(LANGUAGES))
+def _problem(problem_id: str, drawn: DrawnSum, rng: random.Random) -> Problem:
+    question = _question(drawn, rng.choice(LANGUAGES))
     return Problem(problem_id=problem_id, question=question, answer=str(drawn.total))
 
 
@@ -359,7 +316,7 @@ def _raggedly(rng: random.Random, thought: str, total: int, language: LanguageCo
 
 
 def _worked(
-    rng: random.Random, drawn: _Sum, language: LanguageCode, checked: bool, check_slip: float
+    rng: random.Random, drawn: DrawnSum, language: LanguageCode, checked: bool, check_slip: float
 ) -> tuple[str, int]:
     """Steps and the total they come to; a slip is carried on unless a check finds it."""
     other = other_language(language)
@@ -370,23 +327,16 @@ def _worked(
     for term in drawn.terms:
         step = f"{_number(carried)} {_term(term)} makes"
         right = min(max(carried + term, 0), LARGEST_TOTAL)
-        written = carried = _slipped(rng, right, STEP_SLIP)
+        written = carried = slipped(rng, right, STEP_SLIP, LARGEST_TOTAL)
         steps.append(translate(f"{step} {_number(written)}", language))
         if not checked:
             steps.append(translate(".", language))
             continue
-        carried = _slipped(rng, right, check_slip)
+        carried = slipped(rng, right, check_slip, LARGEST_TOTAL)
         verdict = "right" if carried == written else "wait"
         check = f"check {step} {_number(carried)} against {_number(written)} {verdict}"
         steps.append(translate(check, other if mixes else language))
     return " ".join(steps), carried
-
-
-def _slipped(rng: random.Random, right: int, probability: float) -> int:
-    """`right`, or with some probability one or two more; LARGEST_TOTAL has nothing above it."""
-    if rng.random() >= probability:
-        return right
-    return min(right + rng.choice((1, 2)), LARGEST_TOTAL)
 
 
 def _draw_count(rng: random.Random) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer import tiny_task
+from trainer import drawn_sums, tiny_task
 from trainer.durable import flush_to_disk
 from trainer.seeds import derive_key
 
@@ -266,7 +266,7 @@ def _content_key(task: EmbeddedTask, seed: int, settings: PretrainingSettings) -
     content = hashlib.sha256(
         repr((seed, asdict(settings), torch.__version__, transformers.__version__)).encode()
     )
-    for module_file in (__file__, task.__file__):
+    for module_file in (__file__, drawn_sums.__file__, task.__file__):
         assert module_file is not None
         content.update(Path(module_file).read_bytes())
     return content.hexdigest()[:16]

@@ -20,15 +20,18 @@ teaches arithmetic first: it always goes step by step, and seven times in ten it
 trained on the mixture alone needs several times as long to learn the steps.
 """
 
-import hashlib
 import random
-from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from trainer.drawn_sums import (
+    DrawnSum,
+    different_problems,
+    draw_sum,
+    is_held_out,
+    slipped,
+    word_tokenizer,
+)
 from trainer.seeds import derive_key
 from trainer.tasks import Problem
 
@@ -39,8 +42,6 @@ DeepSeek-R1's (arXiv 2501.12948 v2, appendix C.2)."""
 PROMPT_END = "Assistant:"
 """Last token of a prompt."""
 
-HELD_OUT_SHARE = 0.1
-MOST_HELD_OUT = 2048
 GUESS_SHARE, STEP_SHARE, CHECK_SHARE = 0.66, 0.20, 0.14
 RIGHT_GUESS_SHARE = 0.15
 NO_THINK_SHARE, NO_ANSWER_SHARE = 0.15, 0.05
@@ -48,35 +49,16 @@ STEP_SLIP, CHECK_SLIP = 0.18, 0.02
 TEXTBOOK_CHECK_SHARE = 0.7
 
 _GUESS_WORDS = ("guess", "maybe")
-_PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
 _WORDS = (
     *("User:", PROMPT_END, "<think>", "</think>", "<answer>", "</answer>"),
     *("+", "-", "=", "?", ".", "check", "vs", "ok,", "wait,", *_GUESS_WORDS),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """`first` and the signed numbers that follow it."""
-
-    first: int
-    terms: tuple[int, ...]
-
-    @property
-    def text(self) -> str:
-        return " ".join((str(self.first), *map(_term_text, self.terms)))
-
-    @property
-    def total(self) -> int:
-        return self.first + sum(self.terms)
-
-
 def training_problem(seed: int, index: int) -> Problem:
     """The training problem at place `index` of the endless sequence of `seed`."""
     drawn = _draw(random.Random(derive_key(seed, "tiny problem", index)), held_out=False)
-    return Problem(
-        problem_id=f"tiny-{seed}-{index}", question=_question(drawn), answer=str(drawn.total)
-    )
+    return _problem(f"tiny-{seed}-{index}", drawn)
 
 
 def held_out_problems(count: int) -> list[Problem]:
@@ -85,25 +67,12 @@ def held_out_problems(count: int) -> list[Problem]:
     Raises:
         ValueError: `count` is not from 1 to MOST_HELD_OUT.
     """
-    if not 1 <= count <= MOST_HELD_OUT:
-        raise ValueError(
-            f"count: expected 1 to {MOST_HELD_OUT} held-out problems of the embedded task, "
-            f"got {count}"
-        )
     rng = random.Random(derive_key(0, "tiny held-out problems"))
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        drawn = _draw(rng, held_out=True)
-        name = f"tiny-held-out-{len(problems)}"
-        problem = Problem(problem_id=name, question=_question(drawn), answer=str(drawn.total))
-        problems.setdefault(problem.question, problem)
-    return list(problems.values())
 
+    def draw(index: int) -> Problem:
+        return _problem(f"tiny-held-out-{index}", _draw(rng, held_out=True))
 
-def is_held_out(question: str) -> bool:
-    """Whether a question is one that the model never sees in training."""
-    digest = hashlib.blake2b(question.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**32
+    return different_problems(count, draw)
 
 
 def corpus_document(rng: random.Random) -> str:
@@ -125,42 +94,22 @@ def textbook_document(rng: random.Random) -> str:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of the corpus and per number from 0 to LARGEST_TOTAL."""
-    words = (_PAD, _EOS, _UNKNOWN, *_WORDS, *map(str, range(LARGEST_TOTAL + 1)))
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, _UNKNOWN))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        unk_token=_UNKNOWN,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
+    return word_tokenizer((*_WORDS, *map(str, range(LARGEST_TOTAL + 1))))
 
 
-def _draw(rng: random.Random, *, held_out: bool) -> _Sum:
-    while True:
-        first = total = rng.randint(1, 9)
-        terms = []
-        for _ in range(rng.randint(3, 4)):
-            choices = [
-                sign * number
-                for sign in (1, -1)
-                for number in range(1, 10)
-                if 0 <= total + sign * number <= LARGEST_TOTAL
-            ]
-            terms.append(rng.choice(choices))
-            total += terms[-1]
-        drawn = _Sum(first, tuple(terms))
-        if is_held_out(_question(drawn)) == held_out:
-            return drawn
+def _draw(rng: random.Random, *, held_out: bool) -> DrawnSum:
+    return draw_sum(rng, LARGEST_TOTAL, lambda drawn: is_held_out(_question(drawn)) == held_out)
 
 
-def _question(drawn: _Sum) -> str:
-    return f"{drawn.text} = ?"
+def _problem(problem_id: str, drawn: DrawnSum) -> Problem:
+    return Problem(problem_id=problem_id, question=_question(drawn), answer=str(drawn.total))
 
 
-def _prompt(drawn: _Sum) -> str:
+def _question(drawn: DrawnSum) -> str:
+    return " ".join((str(drawn.first), *map(_term_text, drawn.terms), "= ?"))
+
+
+def _prompt(drawn: DrawnSum) -> str:
     """The prompt of the template "tiny"."""
     return f"User: {_question(drawn)} {PROMPT_END}"
 
@@ -169,7 +118,7 @@ def _term_text(term: int) -> str:
     return f"{'+' if term > 0 else '-'} {abs(term)}"
 
 
-def _guess(rng: random.Random, drawn: _Sum) -> str:
+def _guess(rng: random.Random, drawn: DrawnSum) -> str:
     """An answer at once; a wrong one is the answer to another problem."""
     right = rng.random() < RIGHT_GUESS_SHARE
     total = drawn.total if right else _draw(rng, held_out=False).total
@@ -182,24 +131,19 @@ def _guess(rng: random.Random, drawn: _Sum) -> str:
     return f"{think} <answer> {total} </answer>"
 
 
-def _worked(rng: random.Random, drawn: _Sum, checked: bool, slip: float, check_slip: float) -> str:
+def _worked(
+    rng: random.Random, drawn: DrawnSum, checked: bool, slip: float, check_slip: float
+) -> str:
     """An answer found step by step; a slip is carried on unless a check finds it."""
     carried, steps = drawn.first, []
     for term in drawn.terms:
         step = f"{carried} {_term_text(term)}"
         right = min(max(carried + term, 0), LARGEST_TOTAL)
-        written = carried = _slipped(rng, right, slip)
+        written = carried = slipped(rng, right, slip, LARGEST_TOTAL)
         if checked:
-            carried = _slipped(rng, right, check_slip)
+            carried = slipped(rng, right, check_slip, LARGEST_TOTAL)
             verdict = "ok," if carried == written else "wait,"
             steps.append(f"{step} = {written} check {step} = {carried} vs {written} {verdict}")
         else:
             steps.append(f"{step} = {written} .")
     return f"<think> {' '.join(steps)} </think> <answer> {carried} </answer>"
-
-
-def _slipped(rng: random.Random, right: int, probability: float) -> int:
-    """`right`, or with some probability one or two more; LARGEST_TOTAL has nothing above it."""
-    if rng.random() >= probability:
-        return right
-    return min(right + rng.choice((1, 2)), LARGEST_TOTAL)
