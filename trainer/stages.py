@@ -186,17 +186,17 @@ class _Plan:
             for path in (config.general_data, config.helpful_pairs, config.harmless_pairs)
         )
         prompts = config.data.general_dataset
+        prompt_files = _files([prompts])
         if config.general_task is not None:
             step = MakeGeneralData(task=config.general_task, seed=self._seed("general-data"))
             made = self.add("general-data", (), MakeGeneralData.FILES, step=step).parent
             of_rows, of_prompts, *of_pairs = (made / name for name in MakeGeneralData.FILES)
-            rows, prompts = rows or of_rows, prompts or str(of_prompts)
+            if prompts is None:
+                prompts, prompt_files = str(of_prompts), (of_prompts,)
+            rows = rows or of_rows
             helpful, harmless = helpful or of_pairs[0], harmless or of_pairs[1]
-        files = () if prompts is None else _files([prompts])
-        if config.general_task is not None and config.data.general_dataset is None:
-            files = (of_prompts,)
         pairs = dict(zip(REWARD_STAGES, (helpful, harmless), strict=True))
-        return _General(rows=rows, prompts=prompts, prompt_files=files, pairs=pairs)
+        return _General(rows=rows, prompts=prompts, prompt_files=prompt_files, pairs=pairs)
 
     def _general_flags(self) -> list[str]:
         """Flags that add the general prompts, where there are some."""
