@@ -21,7 +21,7 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
             helpful="trainer.bilingual_task:is_helpful",
             # The rewriting translates what is mixed.
             cold_start_limits=ReadabilityLimits(least_consistency=None, most_words=80),
-            rejection_limits=ReadabilityLimits(least_consistency=1.0, most_words=80),
+            rejection_limits=ReadabilityLimits(least_consistency=1.0, most_words=100),
             stage_flags=(
                 ("rl", "--target-language question --grader exact --format-weight 0"),
                 ("rl", "--learning-rate 2e-4 --warmup-updates 10"),
@@ -36,9 +36,10 @@ PIPELINES: dict[str, tuple[str, PipelineConfig]] = {
                 ("preference-rl", "--loss r1 --reference-reset-every 30 --temperature 0.7"),
                 ("samples", "--target-language question --grader exact --cpu-threads 1"),
                 ("cold-start-samples", "--count 256 --samples 8"),
-                ("rejection-samples", "--count 1024 --samples 8"),
+                ("rejection-samples", "--count 2048 --samples 4"),
                 ("sft", "--learning-rate 2e-3 --warmup-updates 10"),
-                ("distill", "--learning-rate 4e-3 --epochs 3"),
+                ("rejection-sft", "--epochs 3"),
+                ("distill", "--learning-rate 4e-3 --epochs 4"),
                 ("evaluate", "--samples 4"),
             ),
         ),
