@@ -1,8 +1,8 @@
 """What a base model can do before any training: `python trainer/analyze.py --model DIR_OR_NAME
 --suite gsm8k`.
 
-First how often it answers at all under each template; then, under the template that it answers best
-with, pass@k and self-reflection by temperature. Each setting is an evaluation of
+First how often it answers at all under each template; then, under the one with most answers in the
+place that is graded, pass@k and self-reflection by temperature. Each setting is an evaluation of
 `trainer/evaluate.py` in a folder of its own, with every sample; one that is complete is not made
 again, so the same command goes on where a killed one was. Writes `analysis.json` and `analysis.md`.
 
@@ -207,7 +207,8 @@ def measure(
 
 
 def analyze(options: AnalyzeOptions) -> tuple[list[Setting], list[Setting]]:
-    """By template, and by temperature under the first of those that state most answers.
+    """By template, and by temperature under the template with most answers where it wants them,
+    which alone are graded; where templates do not differ in that, with most stated anywhere.
 
     Raises:
         UsageError: a model, template, data set or engine that cannot be used.
@@ -220,7 +221,7 @@ def analyze(options: AnalyzeOptions) -> tuple[list[Setting], list[Setting]]:
     by_template = [
         _evaluated(options, template, options.template_temperature) for template in options.compared
     ]
-    best = max(by_template, key=lambda setting: _value(setting, "answering"))
+    best = max(by_template, key=lambda each: (_value(each, "in_place"), _value(each, "answering")))
     by_temperature = [
         _evaluated(options, best.template, temperature) for temperature in options.temperatures
     ]
