@@ -176,6 +176,8 @@ def test_run_learns_and_leaves_a_model_and_its_records(whole_run: Path) -> None:
     weights = model.state_dict()
     assert all(torch.equal(weights[name], stored[name]) for name in stored)
     assert AutoTokenizer.from_pretrained(whole_run / "model").eos_token == "<eos>"
+    peak = json.loads((whole_run / "memory_plan.json").read_text())["peak_bytes"]
+    assert peak["planned"] > sum(tensor.nbytes for tensor in stored.values()) < peak["measured"][0]
 
 
 # Where a process dies: in mid-update, while a checkpoint is written, at the end of it all.
@@ -287,6 +289,18 @@ def test_mistakes_get_one_sentence_before_anything_is_computed(
         code, _, err = main_here(flags(inputs, tmp_path / "run", **changed))
         assert code == 2, err
         assert err.startswith("error: ") and sentence in err and err.count("\n") == 1, err
+
+
+def test_plan_that_does_not_fit_is_refused_before_weights_are_loaded(
+    inputs: Path, tmp_path: Path, main_here: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(sft, "make_policy", never)
+    monkeypatch.setattr("trainer.memory_check.host_bytes_free", lambda: 1000)
+    code, _, err = main_here(flags(inputs, tmp_path / "run"))
+    assert code == 2 and err.startswith("error: memory: expected at most the 0.0 MiB that are free")
 
 
 def test_help_lists_presets_and_options(main_here: Main) -> None:

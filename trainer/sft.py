@@ -16,7 +16,8 @@ from trainer.command_line import parse_config
 from trainer.dry_run import dry_run_of_tuning, split_arguments
 from trainer.fsdp import World, from_main_rank
 from trainer.host_memory import return_free_memory
-from trainer.memory_check import RunMemory
+from trainer.memory_check import check_memory
+from trainer.memory_plan import plan_tuning
 from trainer.model_loading import load_tokenizer, open_model
 from trainer.report import write_page
 from trainer.run_folder import config_fingerprint, finish_run_folder
@@ -123,6 +124,14 @@ def start_run(
             f"warning: the longest sequence has {longest} tokens, the model was made for "
             f"{positions} positions"
         )
+    memory = check_memory(
+        config,
+        world,
+        log,
+        lambda _: plan_tuning(
+            model.config, config, ranks=world.size, device=world.device.type, longest=longest
+        ),
+    )
     policy = make_policy(model, stored, config, world)
     run = SftRun(
         config=config,
@@ -133,7 +142,7 @@ def start_run(
         optimizer=make_optimizer(policy, config.optimizer),
         store=store,
         log=log,
-        memory=RunMemory(plan=None, world=world, folder=config.run_folder, start_bytes=0),
+        memory=memory,
         stop=StopSignal(),
         fingerprint=config_fingerprint(config, data.fingerprint),
         total_steps=data.total_steps,
