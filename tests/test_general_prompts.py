@@ -298,9 +298,15 @@ def columns(inputs: Path, tmp: Path) -> dict[str, object]:
     return {"helpful_pairs": write_lines(tmp / "rows.jsonl", [{"prompt": "1", "chosen": "2"}])}
 
 
+def longer(inputs: Path, tmp: Path) -> dict[str, object]:
+    rows = [{"prompt": f"{n}", "chosen": "1 2 3", "rejected": "1"} for n in range(8)]
+    return {"helpful_pairs": write_lines(tmp / "rows.jsonl", rows)}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (longer, "helpful-model: --balance-lengths: .* left to learn from, got none of 8"),
         (columns, "helpful-model: --dataset: .*line 1: expected the columns prompt, chosen, rejec"),
         (lambda *_: {"helpful_pairs": "none.jsonl"}, "helpful-model: .*none.jsonl: no such file"),
         (lambda *_: {"general_dataset": "none.jsonl"}, "none.jsonl: no such file"),

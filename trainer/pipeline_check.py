@@ -6,11 +6,11 @@ from pathlib import Path
 
 from trainer.command_line import parse_command_line, parse_config
 from trainer.config import DataOptions, TrainConfig, UsageError
-from trainer.model_loading import EMBEDDED_MODELS, resolve_model
+from trainer.model_loading import EMBEDDED_MODELS, load_tokenizer, resolve_model
 from trainer.pipeline_options import PipelineConfig
 from trainer.preference_pairs import read_texts
 from trainer.problem_source import open_problems
-from trainer.reward_model import RewardModelOptions, check_head, parse_options
+from trainer.reward_model import PairData, RewardModelOptions, check_head, parse_options
 from trainer.rewards.scoring import check_rewards
 from trainer.sample import SampleOptions, parse_sample_options
 from trainer.sample_files import (
@@ -69,7 +69,7 @@ def check_inputs(config: PipelineConfig, stages: Sequence[Stage]) -> None:
                     hint = f"; stage {maker} makes it" if maker else ""
                     raise UsageError(f"{path}: no such file{hint}")
             _check_files(stage, made, checked)
-            _check_command(stage, made, data)
+            _check_command(stage, made, data, config.model)
         except UsageError as error:
             raise UsageError(f"stage {stage.name}: {error}") from error
         made.update(stage.output_paths)
@@ -113,14 +113,16 @@ def _check_files(stage: Stage, made: set[Path], checked: set[Path]) -> None:
             raise UsageError(f"{path}: expected at least one line, got none")
 
 
-def _check_command(stage: Stage, made: set[Path], data: dict[DataOptions, None]) -> None:
+def _check_command(
+    stage: Stage, made: set[Path], data: dict[DataOptions, None], base_model: str
+) -> None:
     """Parses a stage's command as its script will, and looks at what it names."""
     if not stage.command:
         return
     script, *flags = stage.command
     options: TrainConfig | SampleOptions
     if script == REWARD_MODEL:
-        _check_reward_model(parse_options(flags), made)
+        _check_reward_model(parse_options(flags), made, base_model)
         return
     if script == TRAIN:
         options = parse_command_line(flags)
@@ -150,9 +152,15 @@ def _unless_made(name: str | None, made: set[Path]) -> str | None:
     return None if name is None or Path(name) in made else name
 
 
-def _check_reward_model(options: RewardModelOptions, made: set[Path]) -> None:
+def _check_reward_model(options: RewardModelOptions, made: set[Path], base_model: str) -> None:
     if Path(options.dataset) not in made:
-        read_texts(options.dataset, options.split)
+        # Every model of a pipeline has the tokenizer of its base; that of an embedded one comes
+        # with the model, which is made when it is first used.
+        if base_model in EMBEDDED_MODELS:
+            read_texts(options.dataset, options.split)
+        else:
+            base = resolve_model(base_model, options.cache_dir, report=print)
+            PairData.open(options, load_tokenizer(base))
     if Path(options.model) not in made:
         check_head(resolve_model(options.model, options.cache_dir, report=print))
 
