@@ -1,23 +1,26 @@
 """Shapes of published models, so that a run can be planned without a download, and for the presets
 that train them the node that they are planned for and what the papers report."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 
-def _qwen(
+def _shape(
+    family: Callable[..., PretrainedConfig],
     width: int,
     inner: int,
     layers: int,
     heads: int,
     *,
+    vocabulary: int,
     key_value_heads: int = 8,
-    vocabulary: int = 152064,
     tied: bool = False,
-) -> Qwen2Config:
-    """A model of the Qwen2.5 family, by its config.json."""
-    return Qwen2Config(
+) -> PretrainedConfig:
+    """A model of a family, by its config.json."""
+    return family(
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -28,27 +31,9 @@ def _qwen(
     )
 
 
-def _llama(
-    width: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    *,
-    key_value_heads: int = 8,
-    vocabulary: int = 128256,
-    tied: bool = False,
-) -> LlamaConfig:
-    """A model of the Llama 3 family, by its config.json."""
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-
+# Qwen2.5 and Llama 3.
+_qwen = partial(_shape, Qwen2Config, vocabulary=152064)
+_llama = partial(_shape, LlamaConfig, vocabulary=128256)
 
 SHAPES: dict[str, PretrainedConfig] = {
     "smollm2": _llama(576, 1536, 30, 9, key_value_heads=3, vocabulary=49152, tied=True),
