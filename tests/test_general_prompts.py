@@ -1,6 +1,5 @@
 """General prompts and reward models: the mixture, the rewards, and the stages of the pipeline."""
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pytest import CaptureFixture, MonkeyPatch
+from pipeline_runs import command_line, stages_here
+from pytest import CaptureFixture
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from trainer import pipeline
 from trainer.bilingual_task import POLITE, RUDE, is_helpful, translate
 from trainer.config import DataOptions, RewardOptions, UsageError
 from trainer.pipeline_presets import PIPELINES
@@ -27,7 +26,7 @@ from trainer.rollout import Completion
 from trainer.run_log import read_metrics
 from trainer.sample_files import MakeGeneralData
 from trainer.samples import ScoredCompletion, sample_metrics
-from trainer.stages import Stage, pipeline_stages
+from trainer.stages import pipeline_stages
 from trainer.tasks import Problem
 from trainer.templates import template_by_name
 from trainer.testing import WORDS, bigram_tokenizer, write_bigram_model, write_sums
@@ -221,42 +220,21 @@ def test_made_up_pairs_differ_in_what_their_reward_model_reads(tmp_path: Path) -
 
 
 def flags(inputs: Path, run_dir: Path, *more: object, **changed: object) -> list[str]:
-    options: dict[str, object] = {
-        "model": inputs / "model",
-        "small_model": None,
-        "template": "tiny",
-        "dataset": inputs / "sums.jsonl",
-        "eval_problems": 6,
+    options = {
         "general_dataset": inputs / "prompts.jsonl",
         "eval_general": 3,
         "helpful_pairs": inputs / "pairs.jsonl",
-        "rewrite": None,
-        "readable": None,
-        "general_task": None,
-        "helpful": None,
-        "run_dir": run_dir,
-        **changed,
     }
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     stages = [f"rejection-sft={inputs / 'model'}", f"general-rl={inputs / 'model'}"]
     span = ["--from=helpful-model", "--until=preference-rl"]
-    return ["r1-tiny", *given, *span, *map(str, more), "--given", *stages, "--flags", *FLAGS]
+    more = (*span, *more, "--given", *stages)
+    return command_line(inputs, run_dir, options | changed, more, FLAGS)
 
 
 @pytest.fixture
-def commands(monkeypatch: MonkeyPatch) -> Iterator[list[str]]:
-    """Runs commands of stages in this process; the names of those that ran."""
-    ran: list[str] = []
-
-    def run_here(stage: Stage, environment: dict[str, str]) -> None:
-        ran.append(stage.name)
-        script, *arguments = stage.command
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        assert module.main(arguments) == 0
-
-    monkeypatch.setattr(pipeline, "_run_command", run_here)
-    yield ran
-    torch.use_deterministic_algorithms(False)
+def commands() -> Iterator[list[str]]:
+    with stages_here() as ran:
+        yield ran
 
 
 def test_last_part_alone_has_general_prompts_and_the_reward_model(

@@ -1,6 +1,5 @@
 """The R1 pipeline with its commands in this process: stages and files, repeats, edits, refusals."""
 
-import importlib
 import json
 import re
 import shutil
@@ -9,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from pytest import CaptureFixture, MonkeyPatch
+from pipeline_runs import command_line, stages_here
+from pytest import CaptureFixture
 
-from trainer import pipeline
 from trainer.pipeline_options import merged_flags
 from trainer.pipeline_presets import PIPELINES
 from trainer.stage_record import StageRecord, checksum
-from trainer.stages import Stage, pipeline_stages
+from trainer.stages import pipeline_stages
 from trainer.testing import write_bigram_model, write_sums
 from trainer.train import main
 
@@ -54,38 +52,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(inputs: Path, run_dir: Path, *more: object, **changed: object) -> list[str]:
-    options: dict[str, object] = {
-        "model": inputs / "model",
+    options = {
         "small_model": inputs / "model",
-        "template": "tiny",
-        "dataset": inputs / "sums.jsonl",
-        "eval_problems": 6,
         "rewrite": f"{__name__}:rewrite",
-        "readable": None,
-        "general_task": None,
-        "helpful": None,
         "general_data": inputs / "general.jsonl",
-        "run_dir": run_dir,
-        **changed,
     }
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return ["r1-tiny", *given, *map(str, more), "--flags", *FLAGS]
+    return command_line(inputs, run_dir, options | changed, more, FLAGS)
 
 
 @pytest.fixture
-def commands(monkeypatch: MonkeyPatch) -> Iterator[list[str]]:
-    """Runs commands of stages in this process; the names of those that ran."""
-    ran: list[str] = []
-
-    def run_here(stage: Stage, environment: dict[str, str]) -> None:
-        ran.append(stage.name)
-        script, *arguments = stage.command
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        assert module.main(arguments) == 0
-
-    monkeypatch.setattr(pipeline, "_run_command", run_here)
-    yield ran
-    torch.use_deterministic_algorithms(False)
+def commands() -> Iterator[list[str]]:
+    with stages_here() as ran:
+        yield ran
 
 
 @pytest.fixture
@@ -117,16 +95,8 @@ def stage_folder(run_dir: Path, name: str) -> Path:
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a pipeline that is complete."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-
-        def run_here(stage: Stage, environment: dict[str, str]) -> None:
-            script, *arguments = stage.command
-            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-            assert module.main(arguments) == 0
-
-        patch.setattr(pipeline, "_run_command", run_here)
+    with stages_here():
         assert main(flags(inputs, run_dir)) == 0
-    torch.use_deterministic_algorithms(False)
     return run_dir
 
 

@@ -1,7 +1,6 @@
 """The R1 pipeline as processes: killed and started again, and on two ranks under torchrun."""
 
 import fcntl
-import importlib
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from pipeline_runs import command_line, stages_here
 from pytest import MonkeyPatch
 
 from trainer import pipeline, sample
@@ -41,44 +40,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(inputs: Path, run_dir: Path, *more: str) -> list[str]:
-    options: dict[str, object] = {
-        "model": inputs / "model",
-        "small_model": None,
-        "template": "tiny",
-        "dataset": inputs / "sums.jsonl",
-        "eval_problems": 6,
-        "rewrite": None,
-        "readable": None,
-        "general_task": None,
-        "helpful": None,
-        "run_dir": run_dir,
-    }
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return ["r1-tiny", *given, *more, "--flags", *FLAGS]
-
-
-def run_here(stage: Stage, environment: dict[str, str]) -> None:
-    script, *arguments = stage.command
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    assert module.main(arguments) == 0
+    return command_line(inputs, run_dir, {}, more, FLAGS)
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch: MonkeyPatch) -> Iterator[None]:
+def in_process() -> Iterator[None]:
     """Commands of stages run in this process, where it runs the pipeline."""
-    monkeypatch.setattr(pipeline, "_run_command", run_here)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with stages_here():
+        yield
 
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a pipeline that was left alone, up to Dev1."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_run_command", run_here)
+    with stages_here():
         assert main(flags(inputs, run_dir, "--until=cold-start-sft")) == 0
-    torch.use_deterministic_algorithms(False)
     return run_dir
 
 
