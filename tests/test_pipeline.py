@@ -339,3 +339,18 @@ def test_filters_that_leave_nothing_stop_before_the_fine_tuning(
 def test_later_flags_replace_earlier_ones() -> None:
     words = ["--steps", "3", "--levels", "1", "2", "--steps=5", "--levels", "4"]
     assert merged_flags(words) == ["--steps", "5", "--levels", "4"]
+
+
+def test_large_file_edited_in_the_middle_has_another_checksum(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"a" * (80 << 20))
+    before = checksum(file)
+    with file.open("r+b") as content:
+        content.seek(40 << 20)
+        content.write(b"b")
+    assert checksum(file) != before
+
+
+def test_record_of_another_version_is_named(inputs: Path, copy: Path, run: Main) -> None:
+    (stage_folder(copy, "r1-zero") / "done.json").write_text('{"other": 1}')
+    assert "not a record of this version" in error_of(run(flags(inputs, copy)))

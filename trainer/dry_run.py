@@ -100,15 +100,17 @@ class Node:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """The arguments without `--dry-run`, and the node it names ("" for none); None: a real run."""
-    rest, node = list[str](), None
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name.replace("_", "-") == FLAG:
+    rest, node, is_after_flag = list[str](), None, False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_flag = name.replace("_", "-") == FLAG
+        if is_flag:
             node = value
-        elif place and arguments[place - 1] == FLAG and _may_be_node(argument, rest):
+        elif is_after_flag and _may_be_node(argument, rest):
             node = argument
         else:
             rest.append(argument)
+        is_after_flag = is_flag and not equals
     return rest, node
 
 

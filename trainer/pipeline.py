@@ -32,7 +32,7 @@ from trainer.pipeline_presets import PIPELINES
 from trainer.run_folder import lock_folder
 from trainer.stage_record import finish_stage, start_stage, state_of
 from trainer.stages import STAGES_FOLDER, Stage, pipeline_stages
-from trainer.stop_signal import InterruptedRunError, die_with_parent, forwarded_signals
+from trainer.stop_signal import SIGNALS, InterruptedRunError, die_with_parent, forwarded_signals
 from trainer.training_run import EXIT_INTERRUPTED, EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +173,8 @@ def _run_command(stage: Stage, environment: dict[str, str]) -> None:
         child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
         forward_to(child)
         code = child.wait()
-    if code == EXIT_INTERRUPTED:
+    # A child that a signal reached before it could handle it ends with its negative number.
+    if code in (EXIT_INTERRUPTED, *(-number for number in SIGNALS)):
         raise InterruptedRunError(f"interrupted in stage {stage.name}")
     if code:
         sentence = f"stage {stage.name}: its command ended with exit code {code}"

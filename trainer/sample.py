@@ -253,6 +253,8 @@ def _is_complete(options: SampleOptions) -> bool:
             f"another file"
         )
     if options.out.exists():
+        # A start that was killed may have left them.
+        shutil.rmtree(options.parts_folder, ignore_errors=True)
         return True
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)

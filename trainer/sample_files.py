@@ -24,6 +24,7 @@ from trainer.readability import ReadabilityLimits, select_readable
 from trainer.reward_scores import summary
 from trainer.rewards.extraction import extract_answer, format_reward
 from trainer.rewards.matching import answers_match
+from trainer.rewards.user_reward import see_working_directory
 from trainer.run_log import Sample
 from trainer.stage_table import result_rows, table_text, write_figure
 from trainer.templates import THINK_OPEN, Template, template_by_name
@@ -72,7 +73,10 @@ def load_rule(name: str, flag: str) -> Rule:
     Raises:
         UsageError: there is none.
     """
+    if not is_rule(name):
+        raise UsageError(f"{flag}: expected package.module:function, got {name!r}")
     module, _, function = name.partition(":")
+    see_working_directory()
     try:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainer.config import UsageError
 from trainer.durable import write_atomically
 from trainer.stages import Stage
 
 STARTED_FILE, DONE_FILE = "started.json", "done.json"
 State = Literal["open", "done", "other"]
-# Weights are not edited by hand; a file of them is known by its size, its beginning and its end.
+# Weights are not edited by hand; a large file of them is known by its size, its beginning and its
+# end.
+_WEIGHTS = (".safetensors", ".bin")
 _WHOLE_BYTES = 64 << 20
 _END_BYTES = 1 << 20
 
@@ -36,11 +39,17 @@ class StageRecord:
 
     @classmethod
     def read(cls, path: Path) -> StageRecord | None:
-        """The record of a file; None where there is none, or one of another version."""
+        """The record of a file; None where there is none.
+
+        Raises:
+            UsageError: it is one of another version.
+        """
         try:
             return cls(**json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+        except FileNotFoundError:
             return None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path}: not a record of this version ({error})") from error
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -101,7 +110,7 @@ def checksum(path: Path) -> str:
     for file in _files(path):
         digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
         with file.open("rb") as content:
-            if file.stat().st_size <= _WHOLE_BYTES:
+            if file.suffix not in _WEIGHTS or file.stat().st_size <= _WHOLE_BYTES:
                 while block := content.read(_END_BYTES):
                     digest.update(block)
             else:

@@ -346,4 +346,5 @@ def _paths(model: str | Path) -> tuple[Path, ...]:
 
 def _files(names: Iterable[str | None]) -> tuple[Path, ...]:
     """Those that are local files."""
-    return tuple(Path(name).absolute() for name in names if name and Path(name).is_file())
+    paths = [Path(name).expanduser().absolute() for name in names if name]
+    return tuple(path for path in paths if path.is_file())

@@ -113,14 +113,20 @@ def load_user_rewards(texts: Sequence[str], taken_names: Sequence[str]) -> list[
         UsageError: a name that cannot be imported, is no function of that signature, or is taken.
     """
     loaded: list[UserReward] = []
-    if texts and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if texts:
+        see_working_directory()
     for text in texts:
         reward = _load(RewardName.parse(text))
         if reward.name in taken_names or reward.name in [other.name for other in loaded]:
             raise UsageError(f"--reward: expected different names, got {reward.name!r} again")
         loaded.append(reward)
     return loaded
+
+
+def see_working_directory() -> None:
+    """Lets functions of the user be imported from where the command is given."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _load(name: RewardName) -> UserReward:
