@@ -185,3 +185,9 @@ def test_rows_of_another_kind_give_one_sentence(
 def test_real_run_has_no_dry_run_arguments() -> None:
     assert dry_run.split_arguments(["r1", "--steps", "3"]) == (["r1", "--steps", "3"], None)
     assert dry_run.split_arguments(["--dry_run", "r1"]) == (["r1"], "")
+
+
+def test_ranks_that_replicas_do_not_divide_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for ranks in ("1xcpu", "3x80"):
+        assert train.main(["r1-zero-tiny", "--replicate", "2", "--dry-run", ranks]) == 2
+        assert "--replicate: expected a divisor" in capsys.readouterr().err

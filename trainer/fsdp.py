@@ -168,6 +168,15 @@ def let_main_rank_speak() -> None:
         time.sleep(MAIN_RANK_SECONDS)
 
 
+def check_replicate(options: ShardingOptions, ranks: int) -> None:
+    """Raises UsageError for ranks that the groups of `--replicate` do not divide."""
+    if ranks % options.replicate:
+        raise UsageError(
+            f"--replicate: expected a divisor of the number of ranks, {ranks}, "
+            f"got {options.replicate}"
+        )
+
+
 def shard_model(
     root: nn.Module,
     layers: Iterable[nn.Module],
@@ -185,11 +194,7 @@ def shard_model(
     Raises:
         UsageError: ranks that the groups do not divide, or offloading on a CPU.
     """
-    if world.size % options.replicate:
-        raise UsageError(
-            f"--replicate: expected a divisor of the number of ranks, {world.size}, "
-            f"got {options.replicate}"
-        )
+    check_replicate(options, world.size)
     if options.cpu_offload and world.device.type == "cpu":
         raise UsageError("--cpu-offload: expected a GPU to offload from, got a run on the CPU")
     if world.size == 1 and dtype == torch.float32 and not options.cpu_offload:

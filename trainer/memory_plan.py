@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import RunConfig, TrainConfig
 from trainer.exact_head import BLOCK_ROWS
+from trainer.fsdp import check_replicate
 from trainer.kept_activations import ATTENTION, activation_bytes
 from trainer.lora import Adapters
 from trainer.parity import WINDOW_TOKENS
@@ -198,6 +199,7 @@ def _trained_numel(module: nn.Module) -> int:
 def _weight_parts(
     sizes: _ModelSizes, config: RunConfig, ranks: int, device: str, *, has_reference: bool
 ) -> Iterator[MemoryPart]:
+    check_replicate(config.sharding, ranks)
     shards = ranks // config.sharding.replicate
     own, trained = (-(-count // shards) * FLOAT32 for count in (sizes.numel, sizes.trained_numel))
     on_cpu = device == "cpu"

@@ -42,7 +42,7 @@ from trainer.fsdp import (
 from trainer.model_loading import load_tokenizer, resolve_model
 from trainer.preference_pairs import Pair, length_balanced, read_pairs
 from trainer.reward_scores import classifier_scores, load_classifier, read_config
-from trainer.run_log import RunLog
+from trainer.run_log import METRICS_FILE, RunLog
 from trainer.seeds import derive_key, derive_shuffle
 from trainer.training_run import exit_code_of
 from trainer.weight_update import BETAS
@@ -303,7 +303,10 @@ def is_complete(options: RewardModelOptions) -> bool:
         UsageError: it holds that of other options.
     """
     made = options.folder / OPTIONS_FILE
-    if not (options.folder / MODEL).exists():
+    has_model = (options.folder / MODEL).exists()
+    if not made.exists() and (has_model or (options.folder / METRICS_FILE).exists()):
+        raise UsageError(f"--out: {options.folder} holds another run; give another")
+    if not has_model:
         return False
     if made.read_text() != options.to_json():
         raise UsageError(f"--out: {options.folder} holds a model of other options; give another")
