@@ -12,7 +12,7 @@ from trainer.preference_pairs import read_texts
 from trainer.problem_source import open_problems
 from trainer.reward_model import PairData, RewardModelOptions, check_head, parse_options
 from trainer.rewards.scoring import check_rewards
-from trainer.sample import SampleOptions, parse_sample_options
+from trainer.sample import SampleOptions, parse_sample_options, problems_to_sample
 from trainer.sample_files import (
     ReadRewrites,
     RewriteByRule,
@@ -143,7 +143,10 @@ def _check_command(
     general = _unless_made(options.data.general_dataset, made)
     opened = replace(options.data, general_dataset=general)
     if opened not in data and Path(options.data.dataset) not in made:
-        open_problems(opened, options.seed)
+        if isinstance(options, SampleOptions) and options.problems == "all":
+            problems_to_sample(options)
+        else:
+            open_problems(opened, options.seed)
         data[opened] = None
 
 
