@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor
 
 from kernels.adapters import oat, openrlhf, verl
@@ -140,7 +140,7 @@ def test_verl_sharded_linear_cross_entropy_gives_shares_of_the_hidden_gradient()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(sharded_linear_cross_entropy, args=(port,), nprocs=2)
+    spawn_ranks(sharded_linear_cross_entropy, 2, port)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

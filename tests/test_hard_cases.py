@@ -19,7 +19,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor
 
 import kernels
@@ -299,7 +299,7 @@ def check_shard(rank: int, backend: str) -> None:
 
 def test_09_targets_padding_and_ignored_rows_on_shards(tmp_path: Path) -> None:
     """Two uneven shards padded with NaN; every row is hard in another way; every backend."""
-    mp.spawn(check_rank, args=(str(tmp_path / "store"),), nprocs=2)
+    spawn_ranks(check_rank, 2, str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)

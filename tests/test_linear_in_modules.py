@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -189,4 +189,4 @@ def check_dtensors_are_refused(mesh: DeviceMesh) -> None:
 
 
 def test_parameters_under_fsdp_get_the_gradients_of_one_rank(tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(2, str(tmp_path / "store")), nprocs=2)
+    spawn_ranks(check_rank, 2, 2, str(tmp_path / "store"))

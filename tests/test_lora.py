@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import PeftModel
+from ranks import spawn_ranks
 from test_resume import assert_same_run, die, draw_kill, finish, inputs, lines_of, start  # noqa: F401
 from test_resume import flags as resume_flags
 from test_trainer_checkpoints import state_of, tiny_mixtral, unexpected
@@ -264,7 +264,7 @@ def check_rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_are_one_rank_up_to_rounding(tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(str(tmp_path),), nprocs=2)
+    spawn_ranks(check_rank, 2, str(tmp_path))
     for lora_rank in (1, 3):
         options = lora_config(ShardingOptions(), 10**6, lora_rank)
         start, (alone, expected_metrics) = (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -163,7 +163,7 @@ SHARDINGS = {
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(2, str(tmp_path)), nprocs=2)
+    spawn_ranks(check_rank, 2, 2, str(tmp_path))
     model = bigram_model(noise=0.1)
     expected, loss = plain_gradient(model, torch.float64)
     in_float32 = (plain_gradient(model, torch.float32)[0] - expected).norm()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor
 
 import kernels
@@ -127,4 +127,4 @@ def check_linear(batch: Any, vocab: VocabShard, backend: str) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_sharded_equals_unsharded(world_size: int, tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(world_size, str(tmp_path / "store")), nprocs=world_size)
+    spawn_ranks(check_rank, world_size, world_size, str(tmp_path / "store"))

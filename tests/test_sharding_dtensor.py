@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -168,4 +168,4 @@ def check_other_placements_are_refused(batch: GrpoBatch, mesh: DeviceMesh) -> No
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_dtensor_logits_equal_whole_logits(world_size: int, tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(world_size, str(tmp_path / "store")), nprocs=world_size)
+    spawn_ranks(check_rank, world_size, world_size, str(tmp_path / "store"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from test_trainer_policy_update import ALONE, SAMPLES, make_config, make_update
 from torch import Tensor, nn
 
@@ -322,7 +322,7 @@ def check_rank(rank: int, size: int, folder: str) -> None:
 
 
 def test_gate_holds_on_two_ranks_with_a_sharded_head_and_stops_both(tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(2, str(tmp_path)), nprocs=2)
+    spawn_ranks(check_rank, 2, 2, str(tmp_path))
 
 
 def test_gate_sees_the_head_s_part_of_a_tied_weight() -> None:

@@ -45,3 +45,30 @@ def test_refusal_is_said_once_though_another_rank_fails_first(
     )
     assert done.returncode != 0
     assert done.stderr.count("error: --") == 1 and sentence in done.stderr, done.stderr
+
+
+END = """
+import atexit, time
+from concurrent.futures import ThreadPoolExecutor
+from trainer.training_run import end_process
+
+class Kept:
+    def __del__(self):
+        print("torn down")
+
+kept = Kept()
+atexit.register(print, "registered")
+ThreadPoolExecutor().submit(lambda: (time.sleep(0.5), print("saved")))
+end_process(3)
+"""
+
+
+def test_a_process_ends_after_what_it_still_has_to_do_and_tears_nothing_down() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", END],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "saved\nregistered\n", "")

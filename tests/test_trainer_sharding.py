@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import Tensor, nn
 
 from trainer.config import (
@@ -105,7 +105,7 @@ def alone() -> tuple[dict[str, Tensor], dict[str, float]]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_weights_and_metrics_are_those_of_one_rank(size: int, alone: tuple, tmp_path: Path) -> None:
-    mp.spawn(check_rank, args=(size, str(tmp_path)), nprocs=size)
+    spawn_ranks(check_rank, size, size, str(tmp_path))
     start = dict(bigram_model(noise=0.2).named_parameters())
     for sharding in SHARDINGS[size]:
         weights, metrics = torch.load(tmp_path / sharding)

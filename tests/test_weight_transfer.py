@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,7 +49,7 @@ def gather_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_buckets_of_sharded_weights_are_the_weights(tmp_path: Path) -> None:
-    mp.spawn(gather_on_rank, args=(tmp_path,), nprocs=4)
+    spawn_ranks(gather_on_rank, 4, tmp_path)
 
 
 class Receiver(threading.Thread):

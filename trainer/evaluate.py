@@ -51,7 +51,7 @@ from trainer.samples import Prompter, ScoredCompletion
 from trainer.suites import TASK_OF_MODEL, load_source
 from trainer.tasks import Problem
 from trainer.templates import Template, template_by_name
-from trainer.training_run import exit_code_of
+from trainer.training_run import end_process, exit_code_of
 
 NO_LIMIT = 1 << 20
 """Positions of a model whose config states no number."""
@@ -311,4 +311,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -44,7 +44,7 @@ from trainer.preference_pairs import Pair, length_balanced, read_pairs
 from trainer.reward_scores import classifier_scores, load_classifier, read_config
 from trainer.run_log import METRICS_FILE, RunLog
 from trainer.seeds import derive_key, derive_shuffle
-from trainer.training_run import exit_code_of
+from trainer.training_run import end_process, exit_code_of
 from trainer.weight_update import BETAS
 
 OPTIONS_FILE = "reward_model.json"
@@ -367,4 +367,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

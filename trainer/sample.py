@@ -35,7 +35,7 @@ from trainer.samples import Prompter
 from trainer.suites import load_source
 from trainer.tasks import Problem
 from trainer.templates import template_by_name
-from trainer.training_run import exit_code_of
+from trainer.training_run import end_process, exit_code_of
 
 # They change neither what is asked of the model nor how it is judged.
 _FREE_FIELDS = {"out", "cache_dir", "rows_per_batch", "cpu_threads", "grader_workers", "data_dir"}
@@ -289,4 +289,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

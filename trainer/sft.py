@@ -34,7 +34,14 @@ from trainer.sft_data import SftData, open_data
 from trainer.sft_presets import DEFAULT_PRESET, PRESETS
 from trainer.sft_update import SupervisedUpdate, count_tokens
 from trainer.stop_signal import StopSignal
-from trainer.training_run import PhaseClock, TrainingRun, exit_code_of, is_complete, open_run
+from trainer.training_run import (
+    PhaseClock,
+    TrainingRun,
+    end_process,
+    exit_code_of,
+    is_complete,
+    open_run,
+)
 from trainer.weight_update import make_optimizer
 
 # What changed over a run; see `finish_run_folder`.
@@ -195,4 +202,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

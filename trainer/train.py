@@ -43,7 +43,7 @@ from trainer.samples import (
 )
 from trainer.setup_run import Run, start_run
 from trainer.tasks import Problem
-from trainer.training_run import PhaseClock, exit_code_of, is_complete, open_run
+from trainer.training_run import PhaseClock, end_process, exit_code_of, is_complete, open_run
 
 # What changed over a run, by metric: its name for people, a factor, and the form of a value.
 RESULTS = {
@@ -280,4 +280,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -5,14 +5,17 @@ Exit codes: 0 done; 2 a mistake of the caller, in one sentence; 130 interrupted,
 command that resumes.
 """
 
+import atexit
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import transformers
@@ -253,3 +256,16 @@ def exit_code_of(command: Callable[[Sequence[str]], None], arguments: Sequence[s
             print(f"interrupted; start again with\n  {resume_command(arguments)}", flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with this exit code, after what is registered for its end.
+
+    The interpreter is not taken apart: a thread of gloo that lets a tensor go while that happens
+    aborts the process (pytorch#190489), and the caches of DTensor keep these threads alive.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
