@@ -86,9 +86,10 @@ def test_estimates_are_those_of_the_samples(whole: Path) -> None:
 
 def test_table_has_a_row_of_each_setting(whole: Path) -> None:
     lines = (whole / "analysis.md").read_text().splitlines()
-    rows = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
-    expected = ["template", "---", "none", "tiny", "temperature", "---", "0.3", "1"]
-    assert rows == expected
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert rows == ["template", "none", "tiny", "temperature", "0.3", "1"]
+    # Columns are aligned as text, too.
+    assert len({len(line) for line in lines[:4]}) == 1
 
 
 def test_same_command_again_samples_nothing(
@@ -108,6 +109,34 @@ def test_two_ranks_keep_the_samples_of_one(inputs: Path, whole: Path, tmp_path: 
     setting = "tiny-temperature-1"
     texts = [[one["completion"] for one in samples_of(at, setting)] for at in (whole, tmp_path)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ("sys.exit(2)", 2),
+        ("sys.exit(130)", 130),
+        ("raise RuntimeError('broken')", 1),
+        ("os.kill(os.getpid(), 9)", 1),
+    ],
+)
+def test_only_a_mistake_in_an_evaluation_is_one_of_the_caller(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: str,
+    code: int,
+) -> None:
+    (tmp_path / "evaluate.py").write_text(f"import os, sys\n{ends}\n")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    try:
+        ended = analyze.main([*flags(inputs, tmp_path / "out", engine="vllm"), *SETTINGS])
+    except SystemExit as error:
+        assert "its command ended with exit code" in str(error)
+        ended = 1
+    assert ended == code
+    assert ("error: evaluation" in capsys.readouterr().err) == (code == 2)
 
 
 @pytest.mark.parametrize(

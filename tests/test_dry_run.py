@@ -2,6 +2,7 @@
 bad input in one sentence."""
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import NoReturn
@@ -132,6 +133,25 @@ def test_model_of_a_folder_is_planned_by_its_config_alone(
     assert "300 rows with 300 completions" in capsys.readouterr().out
 
 
+def test_reward_model_is_planned_by_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig(
+        vocab_size=1 << 20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        architectures=["LlamaForSequenceClassification"],
+    )
+    config.save_pretrained(tmp_path)
+    bigram_tokenizer().save_pretrained(tmp_path)
+    assert train.main(["--dry-run", "--helpful-model", str(tmp_path)]) == 0
+    # 16 float32 numbers of each of 2**20 tokens, and a layer.
+    assert re.search(r"helpful reward model +64\.0 MiB", capsys.readouterr().out)
+
+
 def write(tmp_path: Path, text: str) -> str:
     (tmp_path / "rows.jsonl").write_text(text)
     return str(tmp_path / "rows.jsonl")
@@ -146,6 +166,11 @@ def write(tmp_path: Path, text: str) -> str:
         (train, ["--dry-run", "dr-grpo"], "preset: expected one of"),
         (train, ["r1-zero", "--dry-run"], "--model: expected it to be given"),
         (train, ["r1-zero", "--dry-run", "--model", "/no/model"], "expected an existing folder"),
+        (
+            train,
+            ["--dry-run", "--helpful-model", "/no/model"],
+            "--helpful-model: reward model: the",
+        ),
         (train, ["--dry-run", "--dataset", "no.jsonl"], "no.jsonl: no such file"),
         (train, ["--dry-run", "--template", "r2"], "--template"),
         (train, ["--dry-run", "--step", "3"], "did you mean --steps"),

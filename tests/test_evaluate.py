@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import evaluate
+from trainer import evaluate, sample
 from trainer.evaluation_options import EvaluateOptions, suite_name
 from trainer.suites import PROTOCOLS, SUITES
 from trainer.testing import write_bigram_model, write_sums
@@ -95,8 +95,8 @@ def test_result_agrees_with_the_samples_that_are_kept(whole: Path) -> None:
     assert estimate(whole, "category/truncated") == pytest.approx(len(cut) / len(samples))
     solved = {sample["problem_id"] for sample in right}
     assert estimate(whole, "pass@4") <= len(solved) / 55
-    for sample in right:
-        assert str(sample["completion"]).endswith(f"<answer> {sample['answer']} </answer>")
+    for one in right:
+        assert str(one["completion"]).endswith(f"<answer> {one['answer']} </answer>")
 
 
 def test_same_command_again_prints_the_result_without_sampling(
@@ -129,6 +129,43 @@ def test_two_ranks_keep_the_samples_of_one(inputs: Path, whole: Path, tmp_path: 
     for one, other in zip(ours, theirs, strict=True):
         assert one["completion"] == other["completion"]
         assert one["correct"] == other["correct"]
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "words", "sentence"),
+    [
+        (1000, 3, "--max-new-tokens: expected at most 2.. for .*sums.jsonl, the model's 256 posit"),
+        (
+            16,
+            300,
+            r"problem .*: expected a prompt of 1 to 255 tokens \(the model's positions\), got",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit_the_model_are_refused_by_flags_that_there_are(
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    new_tokens: int,
+    words: int,
+    sentence: str,
+) -> None:
+    problem = {"question": "1 " * words, "answer": "2"}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(problem) + "\n")
+    options = {
+        "model": inputs / "model",
+        "template": "tiny",
+        "dataset": tmp_path / "sums.jsonl",
+        "problems": "all",
+        "grader": "exact",
+        "max_new_tokens": new_tokens,
+        "out": tmp_path / "samples.jsonl",
+    }
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert sample.main(given) == 2
+    torch.use_deterministic_algorithms(False)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f"error: {sentence}.*", error), error
 
 
 def test_models_are_compared_on_the_same_problems(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pipeline_runs import command_line, stages_here
 from pytest import CaptureFixture
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trainer.bilingual_task import POLITE, RUDE, is_helpful, translate
@@ -200,7 +201,7 @@ def test_answers_of_general_prompts_are_neither_right_nor_wrong() -> None:
 
 
 def test_made_up_pairs_differ_in_what_their_reward_model_reads(tmp_path: Path) -> None:
-    counts = MakeGeneralData(task="tiny-bilingual", seed=1, rows=40, pairs=60).run(tmp_path)
+    counts = MakeGeneralData(seed=1, rows=40, pairs=60).run(tmp_path)
     read = {
         name: [json.loads(line) for line in (tmp_path / name).open(encoding="utf-8")]
         for name in MakeGeneralData.FILES
@@ -246,6 +247,12 @@ def test_last_part_alone_has_general_prompts_and_the_reward_model(
     lines = list(read_metrics(folder))
     assert all(isinstance(line["reward/helpful"], float) for line in lines[1:])
     assert all(line["reward/helpful/left_out"] == 0.5 for line in lines[1:])
+    (weights,) = (tmp_path / "run" / "stages").glob("*-helpful-model/model/model.safetensors")
+    held = sum(tensor.nbytes for tensor in load_file(weights).values())
+    plan = json.loads((folder / "memory_plan.json").read_text())
+    (planned,) = (one["bytes"] for one in plan["parts"] if one["name"] == "helpful reward model")
+    # Buffers are not stored.
+    assert held <= planned < 1.1 * held
     (evaluated,) = (tmp_path / "run" / "stages").glob("*-evaluate-rules")
     samples = [json.loads(line) for line in (evaluated / "samples.jsonl").open()]
     assert [sample["status"] for sample in samples].count("general") == 3 * 2
@@ -270,6 +277,31 @@ def test_reward_model_of_the_user_takes_the_place_of_the_stage(
     command = stages["preference-rl"].command
     assert command[command.index("--harmless-model") + 1] == str(inputs / "scores")
     assert inputs / "scores" in stages["preference-rl"].inputs
+
+
+def test_folder_of_the_user_takes_the_place_of_made_up_data(inputs: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    config = replace(PIPELINES["r1-tiny"][1], run_dir=tmp_path, given=(f"general-data={mine}",))
+    stages = {stage.name: stage for stage in pipeline_stages(config)}
+    assert mine / "rows.jsonl" in stages["rejection-filter"].inputs
+    assert mine / "helpful.jsonl" in stages["helpful-model"].inputs
+    assert mine / "prompts.jsonl" in stages["preference-rl"].inputs
+
+
+def test_general_data_that_is_not_the_whole_folder_is_refused(
+    inputs: Path, tmp_path: Path, commands: list[str], capsys: CaptureFixture[str]
+) -> None:
+    MakeGeneralData(seed=1, rows=4, pairs=4).run(tmp_path)
+    (tmp_path / "harmless.jsonl").unlink()
+    for given in (tmp_path / "rows.jsonl", tmp_path):
+        more = ("--general-task=tiny-bilingual", f"--given=general-data={given}")
+        assert main(command_line(inputs, tmp_path / "run", {}, more, FLAGS)) == 2
+        error = capsys.readouterr().err
+        missing = "harmless.jsonl" if given.is_dir() else "rows.jsonl"
+        assert "--given: expected a folder with rows.jsonl, prompts.jsonl, helpful" in error
+        assert error.endswith(f"for general-data, got {given} without {missing}\n")
+    assert commands == []
 
 
 def columns(inputs: Path, tmp: Path) -> dict[str, object]:

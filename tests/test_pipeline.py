@@ -191,6 +191,14 @@ def test_edited_samples_are_noticed_and_redone_when_asked(
     assert commands == []
 
 
+def test_table_is_shown_by_a_start_that_ends_with_it(inputs: Path, whole: Path, run: Main) -> None:
+    assert "R1-Dev3" in run(flags(inputs, whole))[1]
+    assert "R1-Dev3" in run(flags(inputs, whole, "--only=results"))[1]
+    for part in ("--only=evaluate-base", "--until=evaluate-base"):
+        code, out, _ = run(flags(inputs, whole, part))
+        assert code == 0 and "R1-Dev3" not in out
+
+
 def test_other_options_of_a_stage_are_noticed(inputs: Path, copy: Path, run: Main) -> None:
     arguments = [*flags(inputs, copy), "evaluate-r1: --temperature 0.5"]
     assert "evaluate-r1 was made from other options than are given now" in error_of(run(arguments))
@@ -249,6 +257,21 @@ def test_a_model_rewrites_through_requests(
     assert counts == {"read": len(originals), **expected}
 
 
+def test_few_requests_are_enough_for_a_rewriting_alone(
+    inputs: Path, tmp_path: Path, run: Main
+) -> None:
+    request = {"problem_id": "0", "question": "1 + 1", "answer": "2"}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n")
+    more = (
+        "--only=cold-start-rewriting",
+        f"--given=cold-start-requests={tmp_path / 'requests.jsonl'}",
+        "--dry-run=1xcpu",
+    )
+    code, out, err = run(flags(inputs, tmp_path / "run", *more, rewrite=inputs / "model"))
+    assert code == 0, err
+    assert "stage cold-start-rewriting\n  trainer/sample.py" in out
+
+
 @pytest.mark.parametrize(
     ("more", "changed", "message"),
     [
@@ -291,6 +314,7 @@ def test_mistake_is_one_sentence_before_anything_is_computed(
         ("r2: --steps 3", "--flags: expected one of evaluate-base, .* rl, sft, samples, evaluate"),
         ("rl: --steps '3", '--flags: "--steps \'3" cannot be read'),
         ("steps 3", "--flags: expected 'stage: --flag value"),
+        ("rejection-filter: --count 3", "--flags: expected one of .*, got 'rejection-filter'"),
     ],
 )
 def test_mistake_in_the_flags_of_a_late_stage_is_found_first(

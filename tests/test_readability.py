@@ -20,7 +20,7 @@ from trainer.templates import template_by_name
 
 R1 = template_by_name("r1")
 LIMITS = ReadabilityLimits(
-    least_words=5, most_words=60, most_paragraph_words=20, code_blocks=False, repetition_words=4
+    most_words=60, most_paragraph_words=20, code_blocks=False, repetition_words=4
 )
 THOUGHT = "I add two and three, which is five, and five is less than nine."
 GOOD = f"<think> {THOUGHT} </think> <answer> 5 </answer>"
@@ -127,12 +127,11 @@ def test_selection_counts_what_it_drops_and_keeps_the_order() -> None:
         replace(SAMPLE, completion="5"),
         SAMPLE,
         replace(SAMPLE, completion=other),
-        replace(SAMPLE, completion=GOOD.replace("nine", "ten")),
         replace(SAMPLE, question="What is three plus two?"),
     ]
-    chosen = select_readable(samples, R1, LIMITS, most_per_question=2)
-    assert chosen.kept == [samples[0], samples[5], samples[7]]
-    expected = {"wrong": 1, "truncated": 1, "format": 1, "duplicate": 1, "enough": 1}
+    chosen = select_readable(samples, R1, LIMITS)
+    assert chosen.kept == [samples[0], samples[5], samples[6]]
+    expected = {"wrong": 1, "truncated": 1, "format": 1, "duplicate": 1}
     assert chosen.dropped == expected
     assert set(chosen.dropped) <= set(REASONS)
     assert len(chosen.kept) + sum(chosen.dropped.values()) == len(samples)

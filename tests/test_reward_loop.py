@@ -45,7 +45,7 @@ def completion(text: str, finish_reason: str = "stop") -> Completion:
 
 
 def make_prompter(scorer: Scorer) -> Prompter:
-    return Prompter(bigram_tokenizer(), TINY, scorer, max_prompt_tokens=20)
+    return Prompter(bigram_tokenizer(), TINY, scorer, max_prompt_tokens=20, limit="none")
 
 
 def test_rewards_are_the_same_whatever_was_graded_before() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -227,6 +228,55 @@ def test_model_with_another_head_is_refused(inputs: Path, tmp_path: Path) -> Non
         RewardModel(tmp_path)
     with pytest.raises(UsageError, match="got LlamaForCausalLM"):
         RewardModel(inputs / "model")
+
+
+def test_folder_that_another_process_writes_to_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = "import sys; from pathlib import Path; from trainer.run_folder import lock_folder\n"
+    held += "lock = lock_folder(Path(sys.argv[1]), '--out'); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert main(flags(inputs, tmp_path)) == 2
+        other.communicate(b"\n")
+    torch.use_deterministic_algorithms(False)
+    error = capsys.readouterr().err
+    assert error == f"error: --out: another process is writing to {tmp_path}\n"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_gradient_that_is_not_finite_is_named_before_the_update(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    # Infinite activations have a gradient without a value.
+    weights["model.layers.1.mlp.up_proj.weight"] *= torch.inf
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert main(flags(inputs, tmp_path / "out", model=tmp_path / "model", eval_share=0)) == 2
+    torch.use_deterministic_algorithms(False)
+    assert "step 1: expected finite values, got the loss nan" in capsys.readouterr().err
+
+
+def test_error_without_a_message_still_gives_one_sentence(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    model = RewardModel(trained / "model")
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fail)
+    with pytest.raises(UsageError, match=r"the classifier of .* cannot be loaded \(OSError\(\)\)"):
+        model.scores(["1"], ["2"])
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(UsageError, match=r"the config of .* cannot be loaded \(OSError\(\)\)"):
+        RewardModel(trained / "model")
 
 
 def short_columns(inputs: Path, tmp: Path) -> dict[str, object]:

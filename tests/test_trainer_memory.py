@@ -14,7 +14,7 @@ import torch
 from test_trainer_run import Main, assert_same_bits, flags, inputs, main_here  # noqa: F401
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
-from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainer import memory_check
 from trainer.config import (
@@ -27,7 +27,7 @@ from trainer.config import (
 )
 from trainer.fsdp import World
 from trainer.memory_check import host_bytes_free, is_out_of_memory, peak_bytes, plan_table
-from trainer.memory_plan import MemoryPlan, plan_memory
+from trainer.memory_plan import PHASES, MemoryPlan, plan_memory
 from trainer.packing import UpdateSample, pack_tokens
 from trainer.policy import Policy
 from trainer.presets import PRESETS
@@ -156,6 +156,27 @@ def test_key_value_cache_has_the_room_that_the_sampler_takes(name: str) -> None:
     planned = size(plan(name), "key-value cache")
     # One layer is there twice while it grows, and once more for grouped heads.
     assert of_layers < planned < of_layers * 2.3
+
+
+def test_reward_models_are_whole_in_float32_on_every_rank(name: str) -> None:
+    one_output = copy.deepcopy(CONFIGS[name])
+    one_output.num_labels = 1
+    real = AutoModelForSequenceClassification.from_config(one_output, dtype=torch.float32)
+    held = sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers()))
+    made = plan_memory(
+        CONFIGS[name],
+        config(dtype="bfloat16"),
+        ranks=4,
+        device="cuda",
+        prompt_tokens=20,
+        reward_models={"helpful": one_output, "harmless": CONFIGS[name]},
+    )
+    for kind in ("helpful", "harmless"):
+        assert size(made, f"{kind} reward model") == held
+    without = plan(name, ranks=4, device="cuda", dtype="bfloat16")
+    for phase in PHASES:
+        more = made.in_phase(phase, on_host=False) - without.in_phase(phase, on_host=False)
+        assert more == 2 * held
 
 
 @pytest.mark.parametrize("ranks", [2, 8])

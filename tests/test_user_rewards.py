@@ -172,7 +172,8 @@ def test_users_functions_run_in_the_main_thread(user_module: str) -> None:
     ids = np.array(bigram_tokenizer().encode("<answer> 5 </answer>"))
     one = Completion(token_ids=ids, logprobs=np.zeros(3, dtype=np.float32), finish_reason="stop")
     with Scorer(options, R1, max_new_tokens=16) as scorer:
-        scoring = Scoring(Prompter(bigram_tokenizer(), R1, scorer, max_prompt_tokens=200), [FIVE])
+        prompter = Prompter(bigram_tokenizer(), R1, scorer, max_prompt_tokens=200, limit="none")
+        scoring = Scoring(prompter, [FIVE])
         scoring.add(0, [one])
         ((scored,),) = scoring.finish([[one]])
     assert scored.reward.parts["in_thread"] == 1.0

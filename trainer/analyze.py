@@ -32,11 +32,11 @@ from trainer.durable import write_atomically
 from trainer.estimates import Estimate, share
 from trainer.evaluation import Estimates
 from trainer.evaluation_options import parse_evaluate_options, suite_name
-from trainer.evaluation_report import read_result
+from trainer.evaluation_report import aligned, read_result
 from trainer.monitors import DRGRPO_REFLECTION, R1_REFLECTION, ReflectionWords, reflection_words
 from trainer.suites import TASK_OF_MODEL
 from trainer.templates import TEMPLATES
-from trainer.training_run import EXIT_INTERRUPTED, exit_code_of
+from trainer.training_run import check_child, exit_code_of
 
 TEMPLATES_OF_THE_PAPER = ("none", "r1-drgrpo", "qwen-math")
 RESULT, TABLE = "analysis.json", "analysis.md"
@@ -241,10 +241,7 @@ def _evaluated(options: AnalyzeOptions, template: str, temperature: float) -> Se
         launcher += [f"--nproc-per-node={options.ranks}"]
         command = [sys.executable, *(launcher if options.ranks > 1 else []), evaluate.__file__]
         code = subprocess.run([*command, *flags], check=False).returncode
-        if code == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt
-        if code:
-            raise UsageError(f"the evaluation ended with exit code {code}: {given.folder}")
+        check_child(code, f"evaluation {given.folder}")
     name = suite_name(options.source)
     lines = (given.folder / f"samples-{name}.jsonl").read_text(encoding="utf-8").splitlines()
     result = read_result(given.folder)[1][name]
@@ -261,7 +258,7 @@ def tables(by_template: Sequence[Setting], by_temperature: Sequence[Setting]) ->
         "tokens": "length/mean",
     }
     rows = [[setting.template, *_cells(setting, columns)] for setting in by_template]
-    text = _markdown(["template", *columns], rows)
+    text = aligned([["template", *columns], *rows])
     first = by_temperature[0]
     columns = {name: name for name in first.estimates if name.startswith("pass@")} | {
         "R1 words": "reflection/r1",
@@ -271,8 +268,8 @@ def tables(by_template: Sequence[Setting], by_temperature: Sequence[Setting]) ->
         "right, other": "correct/other",
     }
     rows = [[f"{setting.temperature:g}", *_cells(setting, columns)] for setting in by_temperature]
-    return f"{text}\n\nBy temperature, template {first.template}:\n\n" + _markdown(
-        ["temperature", *columns], rows
+    return f"{text}\n\nBy temperature, template {first.template}:\n\n" + aligned(
+        [["temperature", *columns], *rows]
     )
 
 
@@ -283,11 +280,6 @@ def _cells(setting: Setting, columns: dict[str, str]) -> list[str]:
         scale = 1 if name.startswith("length/") else 100
         cells.append("-" if estimate is None else f"{estimate.value * scale:.1f}")
     return cells
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _value(setting: Setting, name: str) -> float:

@@ -235,6 +235,12 @@ class RewardOptions:
         check_at_least("--overlong-buffer", self.overlong_buffer, 0)
         check_at_least("--repetition-ngram", self.repetition_ngram, 1)
 
+    @property
+    def reward_models(self) -> dict[str, str]:
+        """The reward models that are named, by what they judge."""
+        named = {"helpful": self.helpful_model, "harmless": self.harmless_model}
+        return {name: model for name, model in named.items() if model is not None}
+
     def overlong_tokens(self, max_new_tokens: int) -> int:
         """Tokens over which the overlong penalty rises; DAPO's are 4,096 of 20,480."""
         return max_new_tokens // 5 if self.overlong_buffer is None else self.overlong_buffer

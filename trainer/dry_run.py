@@ -8,12 +8,13 @@ ranks of this machine without one.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from trainer.command_line import parse_command_line, parse_config
 from trainer.config import RunConfig, TrainConfig, UsageError
@@ -22,7 +23,13 @@ from trainer.known_models import ONE_NODE, RECIPES, SHAPES
 from trainer.lora import check_lora
 from trainer.memory_check import gib, host_bytes_free, plan_table, what_cannot_fit
 from trainer.memory_plan import MemoryPlan, plan_memory, plan_tuning
-from trainer.model_loading import EMBEDDED_MODELS, TINY_MODELS, load_tokenizer, resolve_model
+from trainer.model_loading import (
+    EMBEDDED_MODELS,
+    TINY_MODELS,
+    load_tokenizer,
+    read_config,
+    resolve_model,
+)
 from trainer.pipeline import parse_pipeline_options
 from trainer.pipeline_check import check_inputs, selected_stages
 from trainer.pipeline_options import PipelineConfig
@@ -137,7 +144,8 @@ def dry_run(arguments: Sequence[str], *, node_text: str) -> None:
     named_template(config.template)
     check_rewards(config.reward)
     print(f"data      {_problems_sentence(config)}")
-    _print_plan(_plan(config, _shape(config.model, config.cache_dir), node), node)
+    scorers = {name: read_config(path) for name, path in config.reward.reward_models.items()}
+    _print_plan(_plan(config, _shape(config.model, config.cache_dir), node, scorers), node)
 
 
 def dry_run_of_tuning(arguments: Sequence[str], *, node_text: str) -> None:
@@ -173,7 +181,15 @@ def _dry_run_of_pipeline(config: PipelineConfig, node_text: str) -> None:
             else parse_config(flags, SFT_PRESETS, SFT_DEFAULT, script)
         )
         model = config.model if options.model in made else options.model
-        plan = _plan(options, _shape(model, options.cache_dir), node)
+        shape = _shape(model, options.cache_dir)
+        scorers = {}
+        if isinstance(options, TrainConfig):
+            # One that a stage makes has the shape of the model it is made from.
+            scorers = {
+                name: shape if path in made else read_config(path)
+                for name, path in options.reward.reward_models.items()
+            }
+        plan = _plan(options, shape, node, scorers)
         needed = plan.peak(on_host=node.gpu_bytes is None)[1]
         print(f"  {gib(needed)} a rank; ranks: {node.check(plan)}")
 
@@ -187,11 +203,21 @@ def _node(config: RunConfig | PipelineConfig, node_text: str) -> Node:
     return node
 
 
-def _plan(config: TrainConfig | SftConfig, shape: PretrainedConfig, node: Node) -> MemoryPlan:
+def _plan(
+    config: TrainConfig | SftConfig,
+    shape: PretrainedConfig,
+    node: Node,
+    reward_models: Mapping[str, PretrainedConfig] = MappingProxyType({}),
+) -> MemoryPlan:
     if isinstance(config, SftConfig):
         return plan_tuning(shape, config, ranks=node.ranks, device=node.device)
     return plan_memory(
-        shape, config, ranks=node.ranks, device=node.device, device_bytes=node.gpu_bytes
+        shape,
+        config,
+        ranks=node.ranks,
+        device=node.device,
+        device_bytes=node.gpu_bytes,
+        reward_models=reward_models,
     )
 
 
@@ -253,8 +279,4 @@ def _shape(name: str, cache_dir: Path) -> PretrainedConfig:
         return model_config(tokenizer, TINY_MODELS[name])
     if name in SHAPES:
         return SHAPES[name]
-    source = resolve_model(name, cache_dir, report=print)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model: the config of {name} cannot be read ({error})") from error
+    return read_config(resolve_model(name, cache_dir, report=print))

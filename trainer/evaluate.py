@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import UsageError
 from trainer.data_records import DataError
@@ -42,7 +42,7 @@ from trainer.evaluation_report import (
     table,
 )
 from trainer.fsdp import World, from_main_rank, start_world, stop_world
-from trainer.model_loading import load_model, load_tokenizer, resolve_model
+from trainer.model_loading import load_model, load_tokenizer, read_config, resolve_model
 from trainer.rewards import Scorer
 from trainer.rollout import Sampler
 from trainer.rollout.transformers_sampler import TransformersSampler
@@ -78,7 +78,13 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     results: Results = {}
     runs_code = any(one.tests for of_suite in problems.values() for one in of_suite)
     with Scorer(options.reward, template, max_new_tokens=positions, runs_code=runs_code) as scorer:
-        prompter = Prompter(tokenizer, template, scorer, max_prompt_tokens=positions - 1)
+        prompter = Prompter(
+            tokenizer,
+            template,
+            scorer,
+            max_prompt_tokens=positions - 1,
+            limit="the model's positions",
+        )
         longest = {name: _longest_prompt(prompter, each) for name, each in problems.items()}
         sampling = {
             suite_name(each): _sampling(options, each, longest[suite_name(each)], positions)
@@ -162,11 +168,7 @@ def model_positions(source: str) -> int:
     Raises:
         UsageError: the model's config cannot be read.
     """
-    try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UsageError(f"--model: {source} cannot be read ({first_line})") from error
+    config = read_config(source).get_text_config()
     return getattr(config, "max_position_embeddings", None) or NO_LIMIT
 
 
@@ -248,19 +250,27 @@ def _longest_prompt(prompter: Prompter, problems: Sequence[Problem]) -> int:
 def _sampling(
     options: EvaluateOptions, suite: str, longest_prompt: int, positions: int
 ) -> Sampling:
-    room = positions - longest_prompt
     wanted = options.wanted_new_tokens
-    if wanted is not None and wanted > room:
-        raise UsageError(
-            f"--max-new-tokens: expected at most {room} for {suite_name(suite)}, the model's "
-            f"{positions} positions less the longest prompt's {longest_prompt}, got {wanted}"
-        )
+    if wanted is None:
+        wanted = min(DEFAULT_NEW_TOKENS, positions - longest_prompt)
+    check_room(wanted, suite_name(suite), longest_prompt, positions)
     return Sampling(
         samples=options.samples_of(suite),
         temperature=options.sampling_temperature,
         top_p=options.sampling_top_p,
-        max_new_tokens=min(DEFAULT_NEW_TOKENS, room) if wanted is None else wanted,
+        max_new_tokens=wanted,
     )
+
+
+def check_room(new_tokens: int, source: str, longest_prompt: int, positions: int) -> None:
+    """Raises UsageError where completions of so many tokens do not fit a model of so many positions
+    after the longest prompt of a data set."""
+    room = positions - longest_prompt
+    if new_tokens > room:
+        raise UsageError(
+            f"--max-new-tokens: expected at most {room} for {source}, the model's {positions} "
+            f"positions less the longest prompt's {longest_prompt}, got {new_tokens}"
+        )
 
 
 def _write_samples(

@@ -11,13 +11,19 @@ has the last two.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import RunConfig, TrainConfig
@@ -89,6 +95,7 @@ def plan_memory(
     device: str,
     device_bytes: int | None = None,
     prompt_tokens: int | None = None,
+    reward_models: Mapping[str, PretrainedConfig] = MappingProxyType({}),
 ) -> MemoryPlan:
     """The memory of each rank of a run.
 
@@ -99,6 +106,7 @@ def plan_memory(
         device: "cpu" or "cuda".
         device_bytes: memory of a GPU, which `--vllm-gpu-memory` is a share of.
         prompt_tokens: the longest prompt; None takes `--max-prompt-tokens`.
+        reward_models: configs of the models of `RewardOptions.reward_models`, by their names.
     """
     if prompt_tokens is None:
         prompt_tokens = config.rollout.max_prompt_tokens
@@ -112,6 +120,7 @@ def plan_memory(
                 sizes, config, ranks, device, has_reference=bool(config.loss_spec.kl_weight)
             ),
             *_sampler_parts(sizes, config, ranks, device, longest, device_bytes),
+            *_reward_model_parts(reward_models, device),
             *_update_parts(sizes, config, ranks, device, longest),
         ),
     )
@@ -239,6 +248,26 @@ def _weight_parts(
 def is_sharded(config: RunConfig, ranks: int) -> bool:
     """Whether FSDP has the weights; one rank in float32 goes without."""
     return ranks > 1 or config.dtype != "float32" or config.sharding.cpu_offload
+
+
+def _reward_model_parts(
+    reward_models: Mapping[str, PretrainedConfig], device: str
+) -> Iterator[MemoryPart]:
+    """Every rank scores with whole models, in float32, which stay where they compute."""
+    for name, model_config in reward_models.items():
+        one_output = copy.deepcopy(model_config)
+        one_output.num_labels = 1
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                one_output, dtype=torch.float32, attn_implementation=ATTENTION
+            )
+        yield MemoryPart(
+            name=f"{name} reward model",
+            bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+            phases=PHASES,
+            knob=f"a smaller --{name}-model",
+            on_host=device == "cpu",
+        )
 
 
 def _sampler_parts(

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -83,6 +84,18 @@ def resolve_model(name: str, cache_dir: Path, *, report: Callable[[str], None]) 
     return name
 
 
+def read_config(source: str, flag: str = "--model") -> PretrainedConfig:
+    """The config of a model, which the message calls by `flag`.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(cannot_load("config", source, error, flag)) from error
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
@@ -92,7 +105,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_cannot_load("tokenizer", source, error)) from error
+        raise UsageError(cannot_load("tokenizer", source, error)) from error
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -106,7 +119,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
             source, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_cannot_load("model", source, error)) from error
+        raise UsageError(cannot_load("model", source, error)) from error
     _check_scales(model, source)
     for parameter in model.parameters():
         # Tensors mapped from a file are aligned as it happens, and matrix products of other
@@ -139,7 +152,7 @@ def open_model(
         ):
             model.generation_config = GenerationConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(_cannot_load("model", source, error)) from error
+        raise UsageError(cannot_load("model", source, error)) from error
     _check_scales(model, source)
     reason = _why_not_in_parts(model, stored)
     if reason is not None:
@@ -244,9 +257,10 @@ def _check_scales(model: PreTrainedModel, source: str) -> None:
             raise UsageError(f"--model: expected logits without {name}, got {source}")
 
 
-def _cannot_load(what: str, source: str, error: Exception) -> str:
+def cannot_load(what: str, source: str, error: Exception, flag: str = "--model") -> str:
+    """A sentence on what of a model cannot be loaded, with the first line of the reason."""
     lines = str(error).strip().splitlines()
-    return f"--model: the {what} of {source} cannot be loaded ({lines[0] if lines else error!r})"
+    return f"{flag}: the {what} of {source} cannot be loaded ({lines[0] if lines else repr(error)})"
 
 
 def _smollm2_folder(cache_dir: Path) -> Path:

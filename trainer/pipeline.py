@@ -8,7 +8,6 @@ made again silently.
 """
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -30,10 +29,11 @@ from trainer.pipeline_check import check_inputs, selected_stages
 from trainer.pipeline_options import PipelineConfig
 from trainer.pipeline_presets import PIPELINES
 from trainer.run_folder import lock_folder
-from trainer.stage_record import finish_stage, start_stage, state_of
+from trainer.sample_files import WriteResults
+from trainer.stage_record import State, finish_stage, start_stage, state_of
 from trainer.stages import STAGES_FOLDER, Stage, pipeline_stages
-from trainer.stop_signal import SIGNALS, InterruptedRunError, die_with_parent, forwarded_signals
-from trainer.training_run import EXIT_INTERRUPTED, EXIT_USAGE
+from trainer.stop_signal import die_with_parent, forwarded_signals
+from trainer.training_run import by_hand, check_child
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = "pipeline.json"
@@ -80,12 +80,13 @@ def run_pipeline(config: PipelineConfig) -> None:
         world = _join_ranks()
         stack.callback(stop_world)
         from_main_rank(world, lambda: _claim(config, stages, stack))
-        for stage in selected_stages(config, stages):
+        selected = selected_stages(config, stages)
+        for stage in selected:
             if from_main_rank(world, partial(_is_left, config, stage)):
                 _make(stage, config, world)
         if world.is_main:
             print(f"\nThe stages are complete: {config.run_folder / STAGES_FOLDER}")
-            _print_results(stages)
+            _print_results(selected[-1])
 
 
 def _join_ranks() -> World:
@@ -99,35 +100,37 @@ def _join_ranks() -> World:
 def _claim(config: PipelineConfig, stages: Sequence[Stage], stack: ExitStack) -> None:
     """Checks all that the run needs, before any of it is computed."""
     check_inputs(config, stages)
-    stack.enter_context(lock_folder(config.run_folder))
+    stack.enter_context(lock_folder(config.run_folder, "--run-dir"))
     known: set[Path] = set()
     for stage in selected_stages(config, stages):
         # What is made on the way is looked at when its turn comes.
-        if not known.isdisjoint(stage.inputs) or not _may_be_used(config, stage):
+        if not known.isdisjoint(stage.inputs) or _state(config, stage) != "done":
             known.update(stage.output_paths)
     write_atomically(config.run_folder / CONFIG_FILE, config.to_json())
 
 
-def _may_be_used(config: PipelineConfig, stage: Stage) -> bool:
-    """Whether a stage is done; raises UsageError where it is another one, and not to be made
-    again."""
+def _state(config: PipelineConfig, stage: Stage) -> State:
+    """Whether a stage is done, left, or another one; raises UsageError for another one that is not
+    to be made again."""
     state, why = state_of(stage, config.run_folder)
     if state == "other" and stage.name != config.only and config.from_stage is None:
         raise UsageError(
             f"{stage.folder} was made from {why}: --from {stage.name} makes it and the "
             f"stages after it again (they are kept in {REPLACED_FOLDER}/)"
         )
-    return state == "done"
+    return state
 
 
 def _is_left(config: PipelineConfig, stage: Stage) -> bool:
     """Whether a stage has to be made; says so, and clears its place."""
-    if _may_be_used(config, stage):
+    state = _state(config, stage)
+    if state == "done":
         print(f"stage {stage.name}: done", flush=True)
         return False
-    if state_of(stage, config.run_folder)[0] == "other":
+    if state == "other":
         _set_aside(stage, config.run_folder)
-    print(f"\nstage {stage.name}\n  {_by_hand(stage)}", flush=True)
+    how = by_hand(stage.command) if stage.command else f"from {', '.join(map(str, stage.inputs))}"
+    print(f"\nstage {stage.name}\n  {how}", flush=True)
     start_stage(stage, config.run_folder)
     return True
 
@@ -173,14 +176,7 @@ def _run_command(stage: Stage, environment: dict[str, str]) -> None:
         child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
         forward_to(child)
         code = child.wait()
-    # A child that a signal reached before it could handle it ends with its negative number.
-    if code in (EXIT_INTERRUPTED, *(-number for number in SIGNALS)):
-        raise InterruptedRunError(f"interrupted in stage {stage.name}")
-    if code:
-        sentence = f"stage {stage.name}: its command ended with exit code {code}"
-        if code == EXIT_USAGE:
-            raise UsageError(sentence)
-        sys.exit(f"error: {sentence}")
+    check_child(code, f"stage {stage.name}")
 
 
 @contextmanager
@@ -200,18 +196,8 @@ def _fresh_store(world: World) -> Iterator[dict[str, str]]:
     dist.barrier()
 
 
-def _by_hand(stage: Stage) -> str:
-    """The command that makes a stage on its own; nothing where it is a step from files to
-    files."""
-    if not stage.command:
-        return f"from {', '.join(map(str, stage.inputs))}"
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, *stage.command])
-
-
-def _print_results(stages: Sequence[Stage]) -> None:
-    table = stages[-1].folder / "results.md"
-    if table.exists():
+def _print_results(stage: Stage) -> None:
+    """The table, where this is the stage that writes it."""
+    if isinstance(stage.step, WriteResults):
+        table = stage.folder / "results.md"
         print(f"\n{table.read_text()}\n{table}")

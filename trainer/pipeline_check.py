@@ -14,6 +14,7 @@ from trainer.reward_model import PairData, RewardModelOptions, check_head, parse
 from trainer.rewards.scoring import check_rewards
 from trainer.sample import SampleOptions, parse_sample_options, problems_to_sample
 from trainer.sample_files import (
+    MakeGeneralData,
     ReadRewrites,
     RewriteByRule,
     SelectSamples,
@@ -26,7 +27,7 @@ from trainer.sample_files import (
 )
 from trainer.sft_presets import DEFAULT_PRESET as SFT_DEFAULT
 from trainer.sft_presets import PRESETS as SFT_PRESETS
-from trainer.stages import REWARD_MODEL, SAMPLE, TRAIN, Stage
+from trainer.stages import GENERAL_DATA, REWARD_MODEL, SAMPLE, TRAIN, Stage
 from trainer.templates import template_by_name
 
 
@@ -88,6 +89,13 @@ def _check_options(config: PipelineConfig) -> None:
     for name, path in config.given_paths.items():
         if not path.exists():
             raise UsageError(f"--given: {name}={path}: no such file")
+        if name == GENERAL_DATA:
+            missing = [file for file in MakeGeneralData.FILES if not (path / file).is_file()]
+            if missing:
+                raise UsageError(
+                    f"--given: expected a folder with {', '.join(MakeGeneralData.FILES)} for "
+                    f"{name}, got {path} without {missing[0]}"
+                )
 
 
 def _check_files(stage: Stage, made: set[Path], checked: set[Path]) -> None:

@@ -74,8 +74,6 @@ class PipelineConfig:
     """Flags that the preset gives to stages, or to all of a kind."""
     cold_start_limits: Annotated[ReadabilityLimits, tyro.conf.Suppress] = ReadabilityLimits()
     rejection_limits: Annotated[ReadabilityLimits, tyro.conf.Suppress] = ReadabilityLimits()
-    most_per_question: Annotated[int | None, tyro.conf.Suppress] = None
-    """Samples of one question that fine-tuning learns from, at most; None: all."""
 
     def __post_init__(self) -> None:
         check_at_least("--seed", self.seed, 0)

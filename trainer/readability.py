@@ -23,8 +23,8 @@ from trainer.run_log import Sample
 from trainer.templates import Template
 
 REASONS = (
-    *("wrong", "truncated", "format", "length", "repetition", "language", "paragraph", "code"),
-    *("rule", "duplicate", "enough"),
+    *("wrong", "truncated", "format", "length", "repetition"),
+    *("language", "paragraph", "code", "rule", "duplicate"),
 )
 """Why a sample is dropped; of several reasons the first one counts."""
 ReadableRule = Callable[[str, str], Any]
@@ -45,8 +45,6 @@ class ReadabilityLimits:
     """Length of the n-grams whose repetition is counted, in words."""
     most_repetition: float | None = 0.3
     """Share of n-grams that occurred before in the completion, at most."""
-    least_words: int | None = None
-    """Words of a completion, at least."""
     most_words: int | None = None
     """Words of a completion, at most."""
     most_paragraph_words: int | None = None
@@ -56,7 +54,7 @@ class ReadabilityLimits:
 
     def __post_init__(self) -> None:
         check_at_least("repetition_words", self.repetition_words, 1)
-        for name in ("least_words", "most_words", "most_paragraph_words"):
+        for name in ("most_words", "most_paragraph_words"):
             check_at_least(name, getattr(self, name), 0)
         for name in ("least_consistency", "most_repetition"):
             value = getattr(self, name)
@@ -113,8 +111,7 @@ def why_unreadable(
     one that is. A rule asks for something more."""
     if format_reward(completion, template) < 1:
         return "format"
-    words, least, most = len(words_of(completion)), limits.least_words, limits.most_words
-    if (least is not None and words < least) or (most is not None and words > most):
+    if limits.most_words is not None and len(words_of(completion)) > limits.most_words:
         return "length"
     repeated = limits.most_repetition
     if repeated is not None and repeated_share(completion, limits.repetition_words) > repeated:
@@ -135,9 +132,7 @@ def select_readable(
     samples: Sequence[Sample],
     template: Template,
     limits: ReadabilityLimits,
-    *,
     rule: ReadableRule | None = None,
-    most_per_question: int | None = None,
 ) -> Selection:
     """The right and readable samples, in their order, each completion of a question once.
 
@@ -145,7 +140,6 @@ def select_readable(
         samples: of any number of questions.
         template: whose format they should be in.
         limits, rule: what is readable.
-        most_per_question: the first so many of each question; None: all.
     """
     kept: list[Sample] = []
     dropped: Counter[str] = Counter()
@@ -155,8 +149,6 @@ def select_readable(
         reason = _why_dropped(sample, template, limits, rule)
         if reason is None and sample.completion in texts:
             reason = "duplicate"
-        if reason is None and most_per_question is not None and len(texts) >= most_per_question:
-            reason = "enough"
         if reason is None:
             texts.add(sample.completion)
             kept.append(sample)

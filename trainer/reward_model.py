@@ -39,9 +39,10 @@ from trainer.fsdp import (
     stop_world,
     sum_over_ranks,
 )
-from trainer.model_loading import load_tokenizer, resolve_model
+from trainer.model_loading import load_tokenizer, read_config, resolve_model
 from trainer.preference_pairs import Pair, length_balanced, read_pairs
-from trainer.reward_scores import classifier_scores, load_classifier, read_config
+from trainer.reward_scores import classifier_scores, load_classifier
+from trainer.run_folder import lock_folder
 from trainer.run_log import METRICS_FILE, RunLog
 from trainer.seeds import derive_key, derive_shuffle
 from trainer.training_run import end_process, exit_code_of
@@ -322,6 +323,9 @@ def run(options: RewardModelOptions) -> None:
     world = start_world(options.cpu_threads)
     with ExitStack() as stack:
         stack.callback(stop_world)
+        from_main_rank(
+            world, lambda: stack.enter_context(lock_folder(options.folder, "--out")) and None
+        )
         if from_main_rank(world, lambda: is_complete(options)):
             if world.is_main:
                 print(f"The reward model is complete: {options.folder / MODEL}")
@@ -332,7 +336,6 @@ def run(options: RewardModelOptions) -> None:
         check_head(source)
         tokenizer = load_tokenizer(source)
         data = from_main_rank(world, lambda: PairData.open(options, tokenizer))
-        options.folder.mkdir(parents=True, exist_ok=True)
         if world.is_main:
             write_atomically(options.folder / OPTIONS_FILE, options.to_json())
         total = -(-len(data.training) // options.batch_size) * options.epochs

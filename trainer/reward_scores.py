@@ -11,18 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from trainer.config import UsageError
-from trainer.model_loading import load_tokenizer
+from trainer.model_loading import cannot_load, load_tokenizer, read_config
 from trainer.preference_pairs import conversation_ids
-
-THOUGHT_END = "</think>"
+from trainer.templates import THINK_CLOSE
 
 
 class RewardModel:
@@ -65,7 +62,7 @@ class RewardModel:
         self.dtype, self.batch_tokens = dtype, batch_tokens
         if reads not in ("summary", "whole"):
             raise UsageError(f"reads: expected summary or whole, got {reads!r}")
-        config = read_config(self.folder)
+        config = read_config(self.folder, "reward model")
         head = (config.architectures or ["none"])[0]
         if not head.endswith("ForSequenceClassification") or config.num_labels != 1:
             outputs = f" with {config.num_labels} outputs" if "Classification" in head else ""
@@ -116,22 +113,8 @@ class RewardModel:
 
 def summary(completion: str) -> str:
     """What follows the thought; nothing where no thought was ended."""
-    _, _, rest = completion.rpartition(THOUGHT_END)
-    return rest.strip() if THOUGHT_END in completion else ""
-
-
-def read_config(source: str) -> PretrainedConfig:
-    """The config of a model.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"reward model: {source} cannot be loaded ({str(error).strip().splitlines()[0]})"
-        ) from error
+    _, _, rest = completion.rpartition(THINK_CLOSE)
+    return rest.strip() if THINK_CLOSE in completion else ""
 
 
 def load_classifier(
@@ -150,9 +133,7 @@ def load_classifier(
             source, num_labels=1, dtype=dtype, attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"reward model: {source} cannot be loaded ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise UsageError(cannot_load("classifier", source, error, "reward model")) from error
     model.config.get_text_config().pad_token_id = padding
     # Sharding renames the class.
     model.config.architectures = [type(model).__name__]

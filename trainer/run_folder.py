@@ -46,15 +46,16 @@ def claim_run_folder(config: RunConfig) -> IO[str]:
         UsageError: another process writes there, or it holds a run that is not to be continued.
     """
     folder = config.run_folder
-    lock = lock_folder(folder)
+    lock = lock_folder(folder, "--run-dir")
     if (folder / CONFIG_FILE).exists() and _holds_results(folder):
         _check_same_run(config, folder / CONFIG_FILE)
     write_atomically(folder / CONFIG_FILE, config.to_json())
     return lock
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Makes the directory this process's own; the lock holds while the file is open.
+def lock_folder(folder: Path, flag: str) -> IO[str]:
+    """Makes the directory, which `flag` names, this process's own; the lock holds while the file is
+    open.
 
     Raises:
         UsageError: another process writes there, or nobody can.
@@ -63,11 +64,11 @@ def lock_folder(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
     except OSError as error:
-        raise UsageError(f"--run-dir: {folder} cannot be written ({error.strerror})") from error
+        raise UsageError(f"{flag}: {folder} cannot be written ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UsageError(f"--run-dir: another process is writing to {folder}") from error
+        raise UsageError(f"{flag}: another process is writing to {folder}") from error
     return lock
 
 

@@ -24,7 +24,7 @@ from trainer.command_line import check_flag_names, one_sentence_errors
 from trainer.config import DataOptions, RewardOptions, UsageError, check_at_least
 from trainer.data_records import DataError
 from trainer.durable import write_atomically
-from trainer.evaluate import model_positions, open_sampler
+from trainer.evaluate import check_room, model_positions, open_sampler
 from trainer.evaluation import Sampling, sample_and_score
 from trainer.fsdp import World, from_main_rank, start_world, stop_world
 from trainer.model_loading import load_tokenizer, resolve_model
@@ -198,7 +198,6 @@ def _sample_parts(
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     runs_code = any(problem.tests for part in parts for problem in part)
-    room = positions - options.max_new_tokens
     sampling = Sampling(
         samples=options.samples,
         temperature=options.temperature,
@@ -208,8 +207,15 @@ def _sample_parts(
     with Scorer(
         options.reward, template, max_new_tokens=options.max_new_tokens, runs_code=runs_code
     ) as scorer:
-        prompter = Prompter(tokenizer, template, scorer, max_prompt_tokens=room)
+        prompter = Prompter(
+            tokenizer,
+            template,
+            scorer,
+            max_prompt_tokens=positions - 1,
+            limit="the model's positions",
+        )
         longest = max(len(prompter.encode(problem)) for part in parts for problem in part)
+        check_room(options.max_new_tokens, options.data.dataset, longest, positions)
         max_tokens = longest + options.max_new_tokens
         with open_sampler(options, source, world, prompter, max_tokens=max_tokens) as sampler:
             for at in left:

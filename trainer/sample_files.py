@@ -180,20 +180,13 @@ class SelectSamples:
     limits: ReadabilityLimits
     readable: str | None
     """A function of question and completion that those kept must satisfy too."""
-    most_per_question: int | None
     general: Path | None
 
     def run(self, folder: Path) -> dict[str, int]:
         """Writes rows.jsonl and counts.json."""
         samples = read_samples(self.samples)
         rule = None if self.readable is None else load_rule(self.readable, "--readable")
-        chosen = select_readable(
-            samples,
-            template_by_name(self.template),
-            self.limits,
-            rule=rule,
-            most_per_question=self.most_per_question,
-        )
+        chosen = select_readable(samples, template_by_name(self.template), self.limits, rule)
         rows = [asdict(sample) for sample in chosen.kept]
         counts = {"read": len(samples), **chosen.dropped, "kept": len(rows)}
         _require_some(rows, counts, self.samples)
@@ -309,7 +302,6 @@ class MakeGeneralData:
     prompts, and preference pairs."""
 
     FILES: ClassVar = ("rows.jsonl", "prompts.jsonl", "helpful.jsonl", "harmless.jsonl")
-    task: str
     seed: int
     rows: int = 2000
     pairs: int = 4000

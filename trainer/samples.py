@@ -56,6 +56,7 @@ class Prompter:
         template: made for the tokenizer (`Template.for_tokenizer`).
         scorer: made for the template; the caller closes it.
         max_prompt_tokens: longest prompt accepted.
+        limit: what that follows from, for the message.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Prompter:
         scorer: Scorer,
         *,
         max_prompt_tokens: int,
+        limit: str,
     ) -> None:
         self.tokenizer, self.template, self.scorer = tokenizer, template, scorer
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_prompt_tokens, self.limit = max_prompt_tokens, limit
 
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of the problem's prompt.
@@ -79,7 +81,7 @@ class Prompter:
         if not 0 < len(token_ids) <= self.max_prompt_tokens:
             raise UsageError(
                 f"problem {problem.problem_id}: expected a prompt of 1 to {self.max_prompt_tokens} "
-                f"tokens (--max-prompt-tokens), got {len(token_ids)}"
+                f"tokens ({self.limit}), got {len(token_ids)}"
             )
         return token_ids
 

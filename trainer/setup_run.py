@@ -19,6 +19,7 @@ from trainer.model_loading import (
     load_model,
     load_tokenizer,
     open_model,
+    read_config,
     read_weights,
     resolve_model,
     stored_files,
@@ -102,6 +103,9 @@ def start_run(
             device=world.device.type,
             device_bytes=device_bytes,
             prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
+            reward_models={
+                name: read_config(path) for name, path in config.reward.reward_models.items()
+            },
         ),
     )
     scorer = Scorer(
@@ -113,7 +117,11 @@ def start_run(
     if scorer.grader.sandbox_level is not None:
         log.message(f"code sandbox: {scorer.grader.sandbox_level}")
     prompter = Prompter(
-        tokenizer, template, scorer, max_prompt_tokens=config.rollout.max_prompt_tokens
+        tokenizer,
+        template,
+        scorer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        limit="--max-prompt-tokens",
     )
     sampler = _make_sampler(config, model, start, tokenizer, template, world, log)
     policy = make_policy(model, stored, config, world)

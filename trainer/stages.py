@@ -31,6 +31,7 @@ MODEL, SAMPLES, ROWS = "model", "samples.jsonl", "rows.jsonl"
 COUNTS, REQUESTS, RESULTS = "counts.json", "requests.jsonl", "results.json"
 KINDS = ("rl", "sft", "samples", "evaluate", "reward")
 REWARD_STAGES = ("helpful-model", "harmless-model")
+GENERAL_DATA = "general-data"
 _GENERAL = ("general_dataset", "general_share", "eval_general")
 
 
@@ -151,6 +152,8 @@ class _Plan:
         self.config, self.given = config, config.given_paths
         self.stages: list[Stage] = []
         self.names: list[str] = []
+        self.commands: list[str] = []
+        """Those of the names that are commands, and so take flags."""
         self.evaluated: dict[str, Path] = {}
         self.general = self._general()
 
@@ -165,6 +168,8 @@ class _Plan:
     ) -> Path:
         """Adds a stage; the path of what it leaves to later ones."""
         self.names.append(name)
+        if command:
+            self.commands.append(name)
         if name in self.given:
             return self.given[name]
         stage = Stage(
@@ -188,8 +193,10 @@ class _Plan:
         prompts = config.data.general_dataset
         prompt_files = _files([prompts])
         if config.general_task is not None:
-            step = MakeGeneralData(task=config.general_task, seed=self._seed("general-data"))
-            made = self.add("general-data", (), MakeGeneralData.FILES, step=step).parent
+            step = MakeGeneralData(seed=self._seed(GENERAL_DATA))
+            made = self.add(GENERAL_DATA, (), MakeGeneralData.FILES, step=step)
+            # What the user gives is the whole folder.
+            made = made if GENERAL_DATA in self.given else made.parent
             of_rows, of_prompts, *of_pairs = (made / name for name in MakeGeneralData.FILES)
             if prompts is None:
                 prompts, prompt_files = str(of_prompts), (of_prompts,)
@@ -277,7 +284,6 @@ class _Plan:
             template=config.template,
             limits=config.cold_start_limits if is_cold_start else config.rejection_limits,
             readable=None if is_cold_start else config.readable,
-            most_per_question=config.most_per_question,
             general=general,
         )
         inputs = (samples,) if general is None else (samples, general)
@@ -310,13 +316,14 @@ class _Plan:
         config = self.config
         wanted = [("--only", config.only), ("--from", config.from_stage)]
         wanted += [("--until", config.until), *(("--given", name) for name in self.given)]
-        wanted += [("--flags", name) for name in sorted(config.flagged - set(KINDS))]
         for flag, name in wanted:
             if name is not None and name not in self.names:
-                also = f" (or {', '.join(KINDS)})" if flag == "--flags" else ""
-                raise UsageError(
-                    f"{flag}: expected one of {', '.join(self.names)}{also}, got {name!r}"
-                )
+                raise UsageError(f"{flag}: expected one of {', '.join(self.names)}, got {name!r}")
+        for name in sorted(config.flagged - {*KINDS, *self.commands}):
+            raise UsageError(
+                f"--flags: expected one of {', '.join(self.commands)} (or {', '.join(KINDS)}), "
+                f"got {name!r}"
+            )
         made = {stage.name for stage in self.stages}
         for flag, name in (("--only", config.only), ("--from", config.from_stage)):
             if name is not None and name not in made:

@@ -45,7 +45,7 @@ from trainer.memory_check import OutOfMemoryError, RunMemory
 from trainer.policy import Policy
 from trainer.run_folder import claim_run_folder, is_finished, result_paths
 from trainer.run_log import RunLog
-from trainer.stop_signal import InterruptedRunError, StopSignal
+from trainer.stop_signal import SIGNALS, InterruptedRunError, StopSignal
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
@@ -227,10 +227,37 @@ def warn(sentence: str) -> None:
 
 def resume_command(arguments: Sequence[str]) -> str:
     """The command line that started this process, to be given again."""
+    return by_hand([sys.argv[0], *arguments])
+
+
+def by_hand(command: Sequence[str]) -> str:
+    """The command line that starts a script with its arguments as this process was started."""
     launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, sys.argv[0], *arguments])
+    return shlex.join([*launcher, *command])
+
+
+def check_child(code: int, name: str) -> None:
+    """Ends as a child process did, which showed its error itself; nothing follows exit code 0.
+
+    Args:
+        code: its exit code, negative for a signal.
+        name: what it did.
+
+    Raises:
+        UsageError: it ended with a mistake of the caller.
+        InterruptedRunError: it was interrupted.
+        SystemExit: it ended in another way.
+    """
+    # A child that a signal reached before it could handle it ends with its negative number.
+    if code in (EXIT_INTERRUPTED, *(-number for number in SIGNALS)):
+        raise InterruptedRunError(f"interrupted in {name}")
+    sentence = f"{name}: its command ended with exit code {code}"
+    if code == EXIT_USAGE:
+        raise UsageError(sentence)
+    if code:
+        sys.exit(f"error: {sentence}")
 
 
 def exit_code_of(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -12,6 +12,9 @@ from trainer.rewards.user_reward import UserReward
 if TYPE_CHECKING:
     from trainer.reward_scores import RewardModel
 
+READS: dict[str, Literal["summary", "whole"]] = {"helpful": "summary", "harmless": "whole"}
+"""What each reward model reads of a completion."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreferenceReward:
@@ -52,16 +55,10 @@ def preference_rewards(options: RewardOptions) -> list[UserReward]:
     # Loading models needs the embedded tasks, which need this package.
     from trainer.reward_scores import RewardModel
 
-    named: tuple[tuple[str, Literal["summary", "whole"], str | None], ...] = (
-        ("helpful", "summary", options.helpful_model),
-        ("harmless", "whole", options.harmless_model),
-    )
     rewards = []
-    for name, reads, folder in named:
-        if folder is None:
-            continue
+    for name, folder in options.reward_models.items():
         try:
-            model = RewardModel(folder, reads=reads)
+            model = RewardModel(folder, reads=READS[name])
         except UsageError as error:
             raise UsageError(f"--{name}-model: {error}") from error
         reward = PreferenceReward(model, name)
