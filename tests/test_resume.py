@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from trainer import checkpoint_writing, train
+from trainer import checkpoint_writing, train, training_run
 from trainer.checkpoints import CheckpointStore
 from trainer.policy_update import PolicyUpdate
 from trainer.rollout_buffer import RolloutBuffer
@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "writing": (checkpoint_writing, "_write"),
     "publishing": (checkpoint_writing.BackgroundWriter, "_publish"),
     "export": (shutil, "copytree"),
-    "finishing": (train, "finish_run_folder"),
+    "finishing": (training_run, "finish_run_folder"),
 }
 
 

@@ -189,7 +189,7 @@ KILLS = (
     ("trainer.sft", "evaluate_and_log", 3),
     ("trainer.sft_update", "update_weights", 4),
     ("shutil", "copytree", 1),
-    ("trainer.sft", "finish_run_folder", 1),
+    ("trainer.training_run", "finish_run_folder", 1),
 )
 
 

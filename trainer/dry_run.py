@@ -22,7 +22,8 @@ from trainer.data_records import DataError, open_records
 from trainer.known_models import ONE_NODE, RECIPES, SHAPES
 from trainer.lora import check_lora
 from trainer.memory_check import gib, host_bytes_free, plan_table, what_cannot_fit
-from trainer.memory_plan import MemoryPlan, plan_memory, plan_tuning
+from trainer.memory_parts import MemoryPlan
+from trainer.memory_plan import plan_memory, plan_tuning
 from trainer.model_loading import (
     EMBEDDED_MODELS,
     TINY_MODELS,

@@ -19,7 +19,7 @@ import torch
 from trainer.config import RunConfig, UsageError
 from trainer.durable import write_atomically
 from trainer.fsdp import World, gather_in_order
-from trainer.memory_plan import MemoryPart, MemoryPlan
+from trainer.memory_parts import MemoryPart, MemoryPlan
 from trainer.run_log import RunLog
 
 PLAN_FILE = "memory_plan.json"

@@ -3,39 +3,25 @@
 The model is made on the meta device; its parameters are counted, and what autograd keeps of a
 forward pass is counted by running one there. Lengths are taken at their limits, so a plan is what a
 run may need, not what it needs on average.
-
-A plan has parts; each is there in some phases, and the largest sum over a phase is the peak:
-`rollout` (and evaluation), `forward` (until the head has its gradient, activations of a micro-batch
-being kept) and `backward` (its end, where the gradients of the embedding are whole). Fine-tuning
-has the last two.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import RunConfig, TrainConfig
 from trainer.exact_head import BLOCK_ROWS
 from trainer.fsdp import check_replicate
 from trainer.kept_activations import ATTENTION, activation_bytes
-from trainer.lora import Adapters
+from trainer.memory_parts import PHASES, UPDATE, MemoryPart, MemoryPlan
+from trainer.model_sizes import ModelSizes
 from trainer.parity import WINDOW_TOKENS
 from trainer.sft_config import SftConfig
 
-PHASES = ("rollout", "forward", "backward")
-UPDATE = ("forward", "backward")
 FLOAT32 = 4
 # Of the key-value cache of vLLM on a CPU, which has no share of a GPU to live in.
 VLLM_CPU_CACHE_BYTES = 2 << 30
@@ -43,48 +29,6 @@ VLLM_CPU_CACHE_BYTES = 2 << 30
 PARITY_MATRICES = 8
 # Copies of a chunk of logits that a backend makes: the reference works with whole tensors.
 CHUNK_COPIES = {"reference": 6}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPart:
-    """Memory for one purpose, on one rank."""
-
-    name: str
-    bytes: int
-    phases: tuple[str, ...]
-    knob: str
-    """What makes it smaller."""
-    on_host: bool
-    """In the memory of the CPU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """The parts of one rank's memory."""
-
-    device: str
-    ranks: int
-    parts: tuple[MemoryPart, ...]
-    phases: tuple[str, ...] = PHASES
-
-    def in_phase(self, phase: str, *, on_host: bool) -> int:
-        """Bytes of a phase, in host or device memory."""
-        return sum(part.bytes for part in self.parts_of(phase, on_host=on_host))
-
-    def parts_of(self, phase: str, *, on_host: bool) -> list[MemoryPart]:
-        """The parts of a phase, largest first."""
-        chosen = [part for part in self.parts if phase in part.phases and part.on_host == on_host]
-        return sorted(chosen, key=lambda part: -part.bytes)
-
-    def peak(self, *, on_host: bool) -> tuple[str, int]:
-        """The phase that needs most, and its bytes."""
-        sizes = {phase: self.in_phase(phase, on_host=on_host) for phase in self.phases}
-        worst = max(sizes, key=lambda phase: sizes[phase])
-        return worst, sizes[worst]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 def plan_memory(
@@ -110,7 +54,7 @@ def plan_memory(
     """
     if prompt_tokens is None:
         prompt_tokens = config.rollout.max_prompt_tokens
-    sizes = _ModelSizes(model_config, config, device)
+    sizes = ModelSizes(model_config, config)
     longest = prompt_tokens + config.rollout.max_new_tokens
     return MemoryPlan(
         device=device,
@@ -140,7 +84,7 @@ def plan_tuning(
         model_config, config, ranks, device: see `plan_memory`.
         longest: tokens of the longest sequence; None takes `--max-tokens`.
     """
-    sizes = _ModelSizes(model_config, config, device)
+    sizes = ModelSizes(model_config, config)
     longest, options = longest or config.data.max_tokens, config.optimizer
     of_rank = -(-options.batch_size // ranks) * longest
     tokens = max(min(options.micro_batch_tokens, of_rank), longest)
@@ -163,50 +107,8 @@ def plan_tuning(
     )
 
 
-class _ModelSizes:
-    """Counts of a model without weights."""
-
-    def __init__(self, model_config: PretrainedConfig, config: RunConfig, device: str) -> None:
-        self.dtype: torch.dtype = getattr(torch, config.dtype)
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), dtype=self.dtype, attn_implementation=ATTENTION
-            )
-        text = model_config.get_text_config()
-        head = self.model.get_output_embeddings().weight
-        self.vocabulary, self.width = head.shape
-        self.is_tied = head is self.model.get_input_embeddings().weight
-        self.layers = list(self.model.get_decoder().layers)
-        # Of the model that is sampled from, which has no adapters.
-        self.sampled_numel = _numel(self.model)
-        self.has_adapters, self.merged_numel = config.lora.lora_rank > 0, 0
-        if self.has_adapters:
-            adapted = Adapters(self.model, config.lora).layers.values()
-            self.model.to(self.dtype)
-            self.merged_numel = sum(layer.base_layer.weight.numel() for layer in adapted)
-        self.numel, self.trained_numel = _numel(self.model), _trained_numel(self.model)
-        self.layer_numel = max(map(_numel, self.layers))
-        self.root_numel = self.numel - sum(map(_numel, self.layers))
-        heads = text.num_attention_heads
-        self.grouping = heads // (getattr(text, "num_key_value_heads", None) or heads)
-        head_dim = getattr(text, "head_dim", None) or self.width // heads
-        self.cache_width = 2 * head_dim * heads // self.grouping
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def _trained_numel(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
-
-
 def _weight_parts(
-    sizes: _ModelSizes, config: RunConfig, ranks: int, device: str, *, has_reference: bool
+    sizes: ModelSizes, config: RunConfig, ranks: int, device: str, *, has_reference: bool
 ) -> Iterator[MemoryPart]:
     check_replicate(config.sharding, ranks)
     shards = ranks // config.sharding.replicate
@@ -271,7 +173,7 @@ def _reward_model_parts(
 
 
 def _sampler_parts(
-    sizes: _ModelSizes,
+    sizes: ModelSizes,
     config: TrainConfig,
     ranks: int,
     device: str,
@@ -322,7 +224,7 @@ def _cache_room(prompt_tokens: int, longest: int) -> int:
 
 
 def _vllm_parts(
-    sizes: _ModelSizes, config: TrainConfig, device: str, device_bytes: int | None
+    sizes: ModelSizes, config: TrainConfig, device: str, device_bytes: int | None
 ) -> Iterator[MemoryPart]:
     weights = sizes.sampled_numel * sizes.itemsize // config.rollout.vllm_tensor_parallel
     if device == "cpu":
@@ -345,7 +247,7 @@ def _vllm_parts(
 
 
 def _update_parts(
-    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, longest: int
+    sizes: ModelSizes, config: TrainConfig, ranks: int, device: str, longest: int
 ) -> Iterator[MemoryPart]:
     options, rollout = config.optimizer, config.rollout
     completions = rollout.num_prompts * rollout.group_size
@@ -376,7 +278,7 @@ def _update_parts(
 
 
 def _pass_parts(
-    sizes: _ModelSizes,
+    sizes: ModelSizes,
     config: RunConfig,
     ranks: int,
     device: str,
@@ -412,7 +314,7 @@ def _pass_parts(
 
 
 def _policy_head_bytes(
-    sizes: _ModelSizes, config: TrainConfig, ranks: int, device: str, tokens: int
+    sizes: ModelSizes, config: TrainConfig, ranks: int, device: str, tokens: int
 ) -> int:
     """Of the LM head under a policy loss: a chunk of logits, or what the parity gate needs after
     it."""
@@ -427,7 +329,7 @@ def _policy_head_bytes(
 
 
 def _head_bytes(
-    sizes: _ModelSizes,
+    sizes: ModelSizes,
     config: RunConfig,
     ranks: int,
     device: str,
@@ -453,7 +355,7 @@ def _head_bytes(
     return max(logits, gate) + weight_gradient + states
 
 
-def _head_shape(sizes: _ModelSizes, config: RunConfig, ranks: int, tokens: int) -> tuple[int, int]:
+def _head_shape(sizes: ModelSizes, config: RunConfig, ranks: int, tokens: int) -> tuple[int, int]:
     """Rows of the output layer on a rank, and the tokens they are multiplied with."""
     if config.sharding.shard_head:
         return -(-sizes.vocabulary // ranks), tokens * ranks

@@ -20,7 +20,7 @@ from trainer.memory_check import check_memory
 from trainer.memory_plan import plan_tuning
 from trainer.model_loading import load_tokenizer, open_model
 from trainer.report import write_page
-from trainer.run_folder import config_fingerprint, finish_run_folder
+from trainer.run_folder import config_fingerprint
 from trainer.run_log import RunLog
 from trainer.setup_run import (
     check_backend,
@@ -39,12 +39,13 @@ from trainer.training_run import (
     TrainingRun,
     end_process,
     exit_code_of,
+    finish_run,
     is_complete,
     open_run,
 )
 from trainer.weight_update import make_optimizer
 
-# What changed over a run; see `finish_run_folder`.
+# What changed over a run; see `trainer.run_folder.finish_run_folder`.
 RESULTS = {
     "loss": ("training loss", 1.0, "{:.4f} nats a token"),
     "eval/loss": ("held-out loss", 1.0, "{:.4f} nats a token"),
@@ -183,10 +184,7 @@ def run_to_the_end(config: SftConfig) -> None:
                 train(run)
                 run.memory.log_peak(run.log)
             checkpoint = store.path(run.completed)
-        last = checkpoint
-        summary = from_main_rank(world, lambda: finish_run_folder(folder, last, RESULTS))
-        if world.is_main:
-            print(summary)
+        finish_run(world, folder, checkpoint, RESULTS)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from trainer.command_line import parse_command_line
 from trainer.config import RolloutOptions, TrainConfig
 from trainer.dry_run import dry_run, split_arguments
 from trainer.evaluation import evaluate
-from trainer.fsdp import from_main_rank, gather_in_order
+from trainer.fsdp import gather_in_order
 from trainer.packing import UpdateSample
 from trainer.pipeline import parse_pipeline_options, run_pipeline
 from trainer.pipeline_presets import PIPELINES
@@ -29,7 +29,6 @@ from trainer.policy_update import PolicyUpdate
 from trainer.report import write_page
 from trainer.rollout import Completion
 from trainer.rollout.server_sampler import ServerSampler
-from trainer.run_folder import finish_run_folder
 from trainer.run_log import Sample
 from trainer.samples import (
     RolloutArguments,
@@ -43,7 +42,14 @@ from trainer.samples import (
 )
 from trainer.setup_run import Run, start_run
 from trainer.tasks import Problem
-from trainer.training_run import PhaseClock, end_process, exit_code_of, is_complete, open_run
+from trainer.training_run import (
+    PhaseClock,
+    end_process,
+    exit_code_of,
+    finish_run,
+    is_complete,
+    open_run,
+)
 
 # What changed over a run, by metric: its name for people, a factor, and the form of a value.
 RESULTS = {
@@ -260,10 +266,7 @@ def run_to_the_end(config: TrainConfig) -> None:
                 train(run)
                 run.memory.log_peak(run.log)
             checkpoint = store.path(run.completed)
-        last = checkpoint
-        summary = from_main_rank(world, lambda: finish_run_folder(folder, last, RESULTS))
-        if world.is_main:
-            print(summary)
+        finish_run(world, folder, checkpoint, RESULTS)
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from trainer.fsdp import (
 from trainer.host_memory import use_one_heap
 from trainer.memory_check import OutOfMemoryError, RunMemory
 from trainer.policy import Policy
-from trainer.run_folder import claim_run_folder, is_finished, result_paths
+from trainer.run_folder import claim_run_folder, finish_run_folder, is_finished, result_paths
 from trainer.run_log import RunLog
 from trainer.stop_signal import SIGNALS, InterruptedRunError, StopSignal
 
@@ -218,6 +218,22 @@ def is_complete(world: World, folder: Path, checkpoint: Path | None, total_steps
         print(f"The run is complete, {total_steps} steps.")
         print("\n".join(result_paths(folder)))
     return finished
+
+
+def finish_run(
+    world: World, folder: Path, checkpoint: Path, results: Mapping[str, tuple[str, float, str]]
+) -> None:
+    """Leaves the results of a run that has made its last step; the main rank says what came of it.
+
+    Args:
+        world: the ranks.
+        folder, checkpoint, results: see `finish_run_folder`.
+
+    Collectives: one broadcast.
+    """
+    summary = from_main_rank(world, lambda: finish_run_folder(folder, checkpoint, results))
+    if world.is_main:
+        print(summary)
 
 
 def warn(sentence: str) -> None:
