@@ -41,7 +41,8 @@ class PipelineConfig:
     until: str | None = None
     """End with this stage."""
     given: tuple[str, ...] = ()
-    """Your own file or model in place of a stage's, stage=PATH: cold-start-filter=FILE.jsonl."""
+    """Your own file or model in place of a stage's, stage=PATH: cold-start-filter=FILE.jsonl;
+    general-data is a folder."""
     flags: tuple[str, ...] = ()
     """Further flags of a stage, or of all rl, sft, samples or evaluate stages, in quotes:
     'reasoning-rl: --steps 200 --save-every 50'."""
