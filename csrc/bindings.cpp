@@ -1,5 +1,6 @@
 // Python module kernels._native. Tensors arrive as addresses, sizes and strides: no torch header,
 // so one build serves every torch version. kernels/native_backend.py is its only caller.
+#include "bind_layers.h"
 #include "bind_spec.h"
 #include "bind_views.h"
 #include "cpu/row_ops.h"
@@ -111,6 +112,7 @@ PYBIND11_MODULE(_native, module) {
   bind_row_ops(module);
   bind_policy_loss(module);
   bind_row_plan(module);
+  bind_layer_ops(module);
   module.def("supported_cpu_levels", &supported_cpu_levels);
   module.def("cpu_level", &cpu_level);
   module.def("set_cpu_level", &set_cpu_level);

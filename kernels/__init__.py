@@ -4,7 +4,9 @@ file to read."""
 from importlib.metadata import PackageNotFoundError, distribution
 
 from kernels.backends import available_backends
+from kernels.decoder_layer import DecoderLayer, DecoderWeights, LinearWeights
 from kernels.few_rows import few_rows_linear
+from kernels.layers import gated_silu, rms_norm
 from kernels.ops import (
     PolicyLoss,
     TokenLogprobs,
@@ -21,16 +23,21 @@ from kernels.spec import LossSpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecoderLayer",
+    "DecoderWeights",
+    "LinearWeights",
     "LossSpec",
     "PolicyLoss",
     "TokenLogprobs",
     "VocabShard",
     "available_backends",
     "few_rows_linear",
+    "gated_silu",
     "group_advantages",
     "linear_policy_loss",
     "linear_token_logprobs",
     "policy_loss",
+    "rms_norm",
     "token_logprobs",
 ]
 

@@ -7,7 +7,7 @@ Shapes as in `kernels.reference`: N packed tokens, W this rank's columns of the 
 sequences, logits_OIW a view [outer, inner, W] of the logits with N = outer * inner.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from kernels.native_arguments import (
 )
 from kernels.spec import LossSpec
 from kernels.token_loss import FusedLoss, TokenBatch
+
+if TYPE_CHECKING:
+    from kernels.decoder_layer import DecoderWeights
 
 _NATIVE = import_extension("_native")
 
@@ -169,3 +172,130 @@ def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
         torch.get_num_threads(),
     )
     return out
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Output like x, and 1 / rms of each row; see `kernels.layers`."""
+    native = _native()
+    rows, width = _rows_of(x)
+    out, inverse_R = torch.empty_like(x), x.new_empty(rows)
+    native.rms_norm(
+        x.data_ptr(),
+        rows,
+        weight_D.data_ptr(),
+        width,
+        epsilon,
+        out.data_ptr(),
+        inverse_R.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, inverse_R
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor, inverse_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    native = _native()
+    grad = grad.contiguous()
+    rows, width = _rows_of(x)
+    grad_x, grad_weight_D = torch.empty_like(x), torch.empty_like(weight_D)
+    native.rms_norm_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        rows,
+        weight_D.data_ptr(),
+        width,
+        inverse_R.data_ptr(),
+        grad_x.data_ptr(),
+        grad_weight_D.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_weight_D
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up; see `kernels.layers`."""
+    native = _native()
+    out = torch.empty_like(gate)
+    native.gated_silu(
+        gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def gated_silu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    native = _native()
+    grad = grad.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    native.gated_silu_backward(
+        grad.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        gate.numel(),
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_gate, grad_up
+
+
+def _rows_of(x: Tensor) -> tuple[int, int]:
+    width = x.shape[-1]
+    return (x.numel() // width if width else 0), width
+
+
+def decoder_layer(
+    weights: "DecoderWeights", *, sizes: tuple[int, int, int, int], scale: float, epsilon: float
+) -> Any:
+    """The native layer of `kernels.decoder_layer`, which holds addresses of the weights; sizes are
+    of model, query heads, key-value heads, and one head."""
+    width, heads, key_value_heads, head_width = sizes
+    linears = (
+        weights.query,
+        weights.key,
+        weights.value,
+        weights.output,
+        weights.gate,
+        weights.up,
+        weights.down,
+    )
+    norms = (weights.attention_norm, weights.query_norm, weights.key_norm, weights.mlp_norm)
+    return _native().DecoderLayer(
+        width=width,
+        heads=heads,
+        key_value_heads=key_value_heads,
+        head_width=head_width,
+        inner_width=len(weights.gate.weight),
+        scale=scale,
+        epsilon=epsilon,
+        norms=[address(norm) for norm in norms],
+        linears=[(address(each.weight), address(each.bias)) for each in linears],
+    )
+
+
+def decode_layer(
+    layer: Any,
+    x_BD: Tensor,
+    cosines_BC: Tensor,
+    sines_BC: Tensor,
+    starts_B: Tensor,
+    position: int,
+    keys_BKRC: Tensor,
+    values_BKRC: Tensor,
+) -> None:
+    """See `kernels.decoder_layer.DecoderLayer`."""
+    _native().decode_layer(
+        layer,
+        x_BD.data_ptr(),
+        len(x_BD),
+        cosines_BC.data_ptr(),
+        sines_BC.data_ptr(),
+        starts_B.data_ptr(),
+        position,
+        keys_BKRC.shape[2],
+        keys_BKRC.data_ptr(),
+        values_BKRC.data_ptr(),
+        torch.get_num_threads(),
+    )

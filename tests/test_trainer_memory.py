@@ -31,7 +31,7 @@ from trainer.memory_plan import PHASES, MemoryPlan, plan_memory
 from trainer.packing import UpdateSample, pack_tokens
 from trainer.policy import Policy
 from trainer.presets import PRESETS
-from trainer.rollout.transformers_sampler import GrowingLayer
+from trainer.rollout.growing_cache import GrowingLayer
 from trainer.weight_update import make_optimizer
 
 CPU = torch.device("cpu")

@@ -6,7 +6,9 @@ import torch
 from transformers import TopPLogitsWarper
 
 import kernels
+from trainer import cpu_layers
 from trainer.rollout import transformers_sampler
+from trainer.rollout.cpu_decoder import CpuDecoder
 from trainer.rollout.transformers_sampler import TransformersSampler, nucleus, sample_tokens
 from trainer.seeds import derive_key
 from trainer.templates import Template, template_by_name
@@ -59,8 +61,18 @@ def test_temperature_sharpens_the_distribution() -> None:
     assert answers_at_once == pytest.approx(1 / 82, abs=0.01)
 
 
+@pytest.fixture(params=[True, False], ids=["native", "transformers"])
+def decodes_natively(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to decode; the model is too narrow for the one of its own accord."""
+    if request.param:
+        monkeypatch.setattr(cpu_layers, "LEAST_WIDTH", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_full_forward(temperature: float) -> None:
+def test_logprobs_are_those_of_a_full_forward(
+    temperature: float, decodes_natively: bool
+) -> None:
     sampler = make_sampler(noise=0.1)
     prompts = [words("User: 1 + 2 Assistant:"), words("1 Assistant:"), words("User: so so 3 +")]
     completions_PG = sampler.generate(
@@ -74,8 +86,10 @@ def test_logprobs_are_those_of_a_full_forward(temperature: float) -> None:
                 (logits / temperature).log_softmax(-1).gather(1, token_ids[0, len(prompt) :, None])
             )
             np.testing.assert_allclose(one.logprobs, expected[:, 0].detach(), atol=2e-5)
+    assert (sampler.decoder is not None) == decodes_natively
 
 
+@pytest.mark.usefixtures("decodes_natively")
 def test_completions_do_not_depend_on_the_batch() -> None:
     prompts = [words("User: 1 + 2 Assistant:"), words("Assistant:"), words("9 9 9 so")]
     keys_PG = make_keys(3, 5)
@@ -94,6 +108,27 @@ def test_completions_do_not_depend_on_the_batch() -> None:
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
         lengths.add(len(one.token_ids))
     assert len(lengths) > 3
+
+
+def test_many_rows_are_left_to_transformers_until_they_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt, rows = [words("User: 1 + 2 Assistant:")], []
+    options = {"max_new_tokens": 30, "temperature": 1.0}
+    plain = make_sampler().generate(prompt, make_keys(1, 50), **options)[0]
+    decode = CpuDecoder.__call__
+
+    def counted(self: CpuDecoder, token_ids_B: torch.Tensor, *others: object) -> torch.Tensor:
+        rows.append(len(token_ids_B))
+        return decode(self, token_ids_B, *others)
+
+    monkeypatch.setattr(cpu_layers, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(CpuDecoder, "__call__", counted)
+    mixed = make_sampler().generate(prompt, make_keys(1, 50), **options)[0]
+    assert rows and max(rows) <= transformers_sampler.MOST_DECODED_ROWS
+    for one, other in zip(plain, mixed, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_greedy_completion_equals_generate_of_transformers() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import RunConfig, TrainConfig
+from trainer.cpu_layers import LEAST_WIDTH, bytes_kept_less
 from trainer.exact_head import BLOCK_ROWS
 from trainer.fsdp import check_replicate
 from trainer.kept_activations import ATTENTION, activation_bytes
@@ -292,10 +293,14 @@ def _pass_parts(
     kept = activation_bytes(
         sizes.model, tokens, positions, checkpointing=checkpointing, device=device
     )
+    is_float32_on_cpu = device == "cpu" and sizes.itemsize == FLOAT32
+    if is_float32_on_cpu and not checkpointing:
+        kept -= tokens * bytes_kept_less(sizes.model)
     smaller = "a smaller --micro-batch-tokens"
     itemsize = max(sizes.itemsize, FLOAT32) if not is_sharded(config, ranks) else sizes.itemsize
     # Gradients of the embedding and of the head, whole, and FSDP's float32 copy to reduce.
-    whole = sizes.vocabulary * sizes.width * itemsize * 2
+    has_embedding_apart = not (is_float32_on_cpu and ranks == 1 and sizes.width >= LEAST_WIDTH)
+    whole = sizes.vocabulary * sizes.width * itemsize * (1 + has_embedding_apart)
     if is_sharded(config, ranks):
         whole += sizes.root_numel * FLOAT32
     if sizes.has_adapters:

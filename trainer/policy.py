@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kernels import VocabShard
 from trainer.attention import PACKED
 from trainer.config import ShardingOptions
+from trainer.cpu_layers import use_lean_embedding, use_lean_layers
 from trainer.fsdp import World, shard_head, shard_model
 from trainer.lora import Adapters
 from trainer.packing import PackedTokens
@@ -39,6 +40,9 @@ class Policy(nn.Module):
         model.set_attn_implementation(PACKED)
         self.model, self.adapters = model, adapters
         self.vocab: VocabShard | None = None
+        # Gradients have their memory for good. Allocated anew for each step they would lie among
+        # the activations, and keep the heap from being used again.
+        self.keeps_gradients = False
 
     def forward(
         self,
@@ -81,6 +85,12 @@ class Policy(nn.Module):
             for layer in layers:
                 # A layer recomputes itself in training mode only; its dropout stays off.
                 layer.training = True
+        is_float32_on_cpu = world.device.type == "cpu" and dtype == torch.float32
+        if is_float32_on_cpu and not options.activation_checkpointing:
+            use_lean_layers(self.model)
+        if is_float32_on_cpu and world.size == 1:
+            use_lean_embedding(self.model)
+            self.keeps_gradients = True
         if options.shard_head:
             self.vocab = shard_head(self.model, world)
         shard_model(self, layers, world, dtype, options)

@@ -17,6 +17,7 @@ from torch import Tensor
 import kernels
 from trainer.config import TrainConfig
 from trainer.fsdp import World, gather_in_order, max_over_ranks, sum_over_ranks
+from trainer.host_memory import return_free_memory
 from trainer.packing import (
     NO_SAMPLE,
     MicroBatch,
@@ -82,6 +83,8 @@ class PolicyUpdate:
         """
         if not samples:
             return {}
+        # What sampling left free in the heap is in pieces that fit nothing here.
+        return_free_memory()
         old = self._old_logprobs(samples)
         ref = self._ref_logprobs(samples)
         options = self.config.optimizer

@@ -15,6 +15,9 @@ BETAS = (0.9, 0.95)
 
 def make_optimizer(policy: Policy, options: UpdateOptions) -> torch.optim.AdamW:
     """AdamW over what the policy trains, sharded as it is."""
+    if policy.keeps_gradients:
+        for _, weight in policy.trained():
+            weight.grad = torch.zeros_like(weight)
     return torch.optim.AdamW(
         [weight for _, weight in policy.trained()],
         lr=options.learning_rate,
@@ -47,7 +50,7 @@ def update_weights(
     learning_rate: float,
     max_grad_norm: float,
 ) -> dict[str, float]:
-    """Clips the gradients that are there, uses them and drops them; the metrics of the update.
+    """Clips the gradients that are there, uses and forgets them; the metrics of the update.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite; the weights are those before.
@@ -60,7 +63,7 @@ def update_weights(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not policy.keeps_gradients)
     return {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
 
 

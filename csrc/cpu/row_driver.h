@@ -109,4 +109,17 @@ void for_each_row(const LogitsView& logits, int threads, const Body& body) {
   });
 }
 
+// Calls body(first, last) for all parts of [0, count), each of `size`.
+template <class Body>
+void for_parts(int64_t count, int64_t size, int threads, const Body& body) {
+  const int64_t parts = (count + size - 1) / size;
+  std::atomic<int64_t> unclaimed{0};
+  const int useful = static_cast<int>(std::clamp<int64_t>(parts, 1, std::max(threads, 1)));
+  run_on_threads(useful, [&](int) {
+    for (int64_t part; (part = unclaimed.fetch_add(1)) < parts;) {
+      body(part * size, std::min(count, (part + 1) * size));
+    }
+  });
+}
+
 }  // namespace onepass

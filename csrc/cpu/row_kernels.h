@@ -58,6 +58,25 @@ struct FewRows {
   int64_t depth;
 };
 
+// One row of the gradient of out = x * inverse * weight, inverse = 1 / rms(x).
+struct RmsNormGrad {
+  const float* grad;
+  const float* x;
+  const float* weight;
+  int64_t width;
+  float inverse;
+};
+
+// Attention of one query [width] to keys and values [length, width].
+struct OneQuery {
+  const float* query;
+  const float* keys;
+  const float* values;
+  int64_t length;
+  int64_t width;
+  float scale;
+};
+
 struct RowKernels {
   const char* name;
   // By DType.
@@ -72,6 +91,16 @@ struct RowKernels {
                           int64_t stride);
   // The smallest group that FewRows may have.
   int64_t smallest_group;
+  // Returns 1 / sqrt(mean of squares + epsilon).
+  float (*rms_norm)(const float* x, const float* weight, int64_t width, float epsilon, float* out);
+  // Adds to grad_weight.
+  void (*rms_norm_backward)(const RmsNormGrad& row, float* grad_x, float* grad_weight);
+  // out = gate sigmoid(gate) up
+  void (*gated_silu)(const float* gate, const float* up, int64_t count, float* out);
+  void (*gated_silu_backward)(const float* grad, const float* gate, const float* up, int64_t count,
+                              float* grad_gate, float* grad_up);
+  // `scores` is room for `length` numbers.
+  void (*attend)(const OneQuery& query, float* scores, float* out);
 };
 
 extern const RowKernels kRowKernelsBaseline;

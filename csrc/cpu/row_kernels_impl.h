@@ -8,6 +8,7 @@
 #pragma once
 
 #include "few_rows_impl.h"
+#include "layer_kernels_impl.h"
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -442,6 +443,11 @@ const RowKernels ONEPASS_LEVEL = {
     effective_logit,
     few_rows_linear,
     kSmallestGroup,
+    rms_norm,
+    rms_norm_backward,
+    gated_silu,
+    gated_silu_backward,
+    attend,
 };
 
 }  // namespace onepass

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 import kernels
 from trainer.config import UsageError
 from trainer.rollout import Completion, Weights
+from trainer.rollout.cpu_decoder import CpuDecoder, can_decode
+from trainer.rollout.growing_cache import GrowingLayer
 from trainer.seeds import uniforms
 from trainer.templates import Template
 
@@ -30,49 +32,6 @@ MOST_DECODED_ROWS = 32
 LEAST_UNCACHED_WEIGHTS = 1 << 16
 # Stop strings are looked for in the text of this many last tokens.
 STOP_WINDOW_TOKENS = 16
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer; grows by half its size, where DynamicLayer copies itself for
-    every token."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Appends the new positions and returns the whole filled part, `[B, heads, T,
-        head_dim]`."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.stored = [self._room(key_states, end), self._room(value_states, end)]
-        elif end > self.stored[0].shape[-2]:
-            filled, self.stored = self.stored, [self._room(each, end) for each in self.stored]
-            for stored, earlier in zip(self.stored, filled, strict=True):
-                stored[:, :, :start] = earlier[:, :, :start]
-        for stored, states in zip(self.stored, (key_states, value_states), strict=True):
-            stored[:, :, start:end] = states
-        self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
-        return self.keys, self.values
-
-    @staticmethod
-    def _room(states: Tensor, positions: int) -> Tensor:
-        rows, heads, _, width = states.shape
-        return states.new_empty(rows, heads, positions + max(16, positions // 2), width)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, in place of itself."""
-        self.stored = [stored.repeat_interleave(repeats, dim=0) for stored in self.stored]
-        self._restore_views()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps only the rows at `indices`."""
-        self.stored = [stored.index_select(0, indices) for stored in self.stored]
-        self._restore_views()
-
-    def _restore_views(self) -> None:
-        end = self.get_seq_length()
-        self.keys, self.values = (stored[:, :, :end] for stored in self.stored)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,6 +113,7 @@ class TransformersSampler:
         self.device = next(self.model.parameters()).device
         if self.device.type == "cpu" and dtype == torch.float32:
             _speed_up_decoding(self.model)
+        self.decoder: CpuDecoder | None = None
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.stop_strings = tuple(
             stop for stop in template.stop if len(_encode(tokenizer, stop)) != 1
@@ -202,6 +162,9 @@ class TransformersSampler:
         A completion depends on its prompt, its key and the weights alone, up to the rounding of the
         forward pass.
         """
+        if self.model.device.type == "cpu" and self.model.dtype == torch.float32:
+            # The addresses of weights change when new ones are loaded.
+            self.decoder = CpuDecoder(self.model) if can_decode(self.model) else None
         group_size = keys_PG.shape[1]
         prompts_per_batch = max(1, self.rows_per_batch // group_size)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -282,6 +245,11 @@ class TransformersSampler:
         return logits_PV.repeat_interleave(group_size, dim=0), state
 
     def _forward_one(self, token_ids_B: Tensor, state: _DecodeState) -> Tensor:
+        # Rows only ever leave, so those that are few stay few, and what follows is not needed again.
+        if self.decoder is not None and len(token_ids_B) <= MOST_DECODED_ROWS:
+            logits_BV = self.decoder(token_ids_B, state.next_position_B, state.cache)
+            state.next_position_B = state.next_position_B + 1
+            return logits_BV
         ones_B1 = torch.ones_like(state.attention_mask_BT[:, :1])
         state.attention_mask_BT = torch.cat([state.attention_mask_BT, ones_B1], dim=1)
         position_ids_B1 = state.next_position_B[:, None]
