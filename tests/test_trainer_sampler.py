@@ -70,9 +70,7 @@ def decodes_natively(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_full_forward(
-    temperature: float, decodes_natively: bool
-) -> None:
+def test_logprobs_are_those_of_a_full_forward(temperature: float, decodes_natively: bool) -> None:
     sampler = make_sampler(noise=0.1)
     prompts = [words("User: 1 + 2 Assistant:"), words("1 Assistant:"), words("User: so so 3 +")]
     completions_PG = sampler.generate(

@@ -245,7 +245,7 @@ class TransformersSampler:
         return logits_PV.repeat_interleave(group_size, dim=0), state
 
     def _forward_one(self, token_ids_B: Tensor, state: _DecodeState) -> Tensor:
-        # Rows only ever leave, so those that are few stay few, and what follows is not needed again.
+        # Rows only ever leave: once they are few, what follows is not needed again.
         if self.decoder is not None and len(token_ids_B) <= MOST_DECODED_ROWS:
             logits_BV = self.decoder(token_ids_B, state.next_position_B, state.cache)
             state.next_position_B = state.next_position_B + 1
