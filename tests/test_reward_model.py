@@ -261,7 +261,7 @@ def test_gradient_that_is_not_finite_is_named_before_the_update(
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert main(flags(inputs, tmp_path / "out", model=tmp_path / "model", eval_share=0)) == 2
     torch.use_deterministic_algorithms(False)
-    assert "step 1: expected finite values, got the loss nan" in capsys.readouterr().err
+    assert "step 1: expected finite values, got the loss (nan)" in capsys.readouterr().err
 
 
 def test_error_without_a_message_still_gives_one_sentence(

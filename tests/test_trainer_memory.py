@@ -27,7 +27,8 @@ from trainer.config import (
 )
 from trainer.fsdp import World
 from trainer.memory_check import host_bytes_free, is_out_of_memory, peak_bytes, plan_table
-from trainer.memory_plan import PHASES, MemoryPlan, plan_memory
+from trainer.memory_parts import PHASES, MemoryPlan
+from trainer.memory_plan import plan_memory
 from trainer.packing import UpdateSample, pack_tokens
 from trainer.policy import Policy
 from trainer.presets import PRESETS

@@ -142,12 +142,13 @@ class PolicyUpdate:
                 sums[1:] += means * result.metrics["tokens"]
         loss, *totals = sum_over_ranks(self.world, sums).tolist()
         updated = update_weights(
-            self.policy,
+            self.policy.trained(),
             self.optimizer,
             step=step,
             loss=loss,
             learning_rate=self._learning_rate(step, number),
             max_grad_norm=self.config.optimizer.max_grad_norm,
+            keeps_gradients=self.policy.keeps_gradients,
         )
         named = zip(TOKEN_MEANS.values(), totals, strict=True)
         metrics = {name: total / tokens for name, total in named}

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.command_line import check_flag_names, one_sentence_errors
-from trainer.config import NonFiniteError, ShardingOptions, UsageError, check_at_least
+from trainer.config import ShardingOptions, UsageError, check_at_least
 from trainer.durable import write_atomically
 from trainer.fsdp import (
     World,
     from_main_rank,
     full_tensors,
-    gradient_norm,
     shard_model,
     start_world,
     stop_world,
@@ -46,7 +45,7 @@ from trainer.run_folder import lock_folder
 from trainer.run_log import METRICS_FILE, RunLog
 from trainer.seeds import derive_key, derive_shuffle
 from trainer.training_run import end_process, exit_code_of
-from trainer.weight_update import BETAS
+from trainer.weight_update import BETAS, update_weights
 
 OPTIONS_FILE = "reward_model.json"
 MODEL = "model"
@@ -171,16 +170,14 @@ class PairUpdate:
         Collectives: those of the sharded forward and backward, and two small ones.
         """
         metrics = self.measure(pairs, train=True)
-        norm = gradient_norm(self.model.parameters())
-        if not math.isfinite(metrics["loss"]) or not bool(torch.isfinite(norm)):
-            raise NonFiniteError(
-                f"step {step}: expected finite values, got the loss {metrics['loss']} and the "
-                f"gradient norm {norm.item()} before the update"
-            )
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.options.max_grad_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return metrics | {"grad_norm": norm.item()}
+        return metrics | update_weights(
+            list(self.model.named_parameters()),
+            self.optimizer,
+            step=step,
+            loss=metrics["loss"],
+            learning_rate=self.options.learning_rate,
+            max_grad_norm=self.options.max_grad_norm,
+        )
 
     def measure(self, pairs: Sequence[Pair], *, train: bool = False) -> dict[str, float]:
         """Means over the pairs: loss, accuracy (share in which the chosen one has the higher score)

@@ -65,12 +65,13 @@ class SupervisedUpdate:
             options, step, updates=self.total_steps, least=options.least_learning_rate
         )
         updated = update_weights(
-            self.policy,
+            self.policy.trained(),
             self.optimizer,
             step=step,
             loss=sum_over_ranks(self.world, total).item() / tokens,
             learning_rate=learning_rate,
             max_grad_norm=options.max_grad_norm,
+            keeps_gradients=self.policy.keeps_gradients,
         )
         return {**updated, "tokens": float(tokens)}
 

@@ -2,6 +2,7 @@
 check that stops a value which is not finite."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,38 +43,51 @@ def scheduled_learning_rate(
 
 
 def update_weights(
-    policy: Policy,
+    trained: Sequence[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer,
     *,
     step: int,
     loss: float,
     learning_rate: float,
     max_grad_norm: float,
+    keeps_gradients: bool = False,
 ) -> dict[str, float]:
     """Clips the gradients that are there, uses and forgets them; the metrics of the update.
+
+    Args:
+        trained: what the optimizer updates, by the names it has in the model.
+        optimizer: of these parameters.
+        step: of the run, for the message.
+        loss: the gradient is of.
+        learning_rate: of this update.
+        max_grad_norm: the gradient is scaled down to this norm.
+        keeps_gradients: their memory is not given back.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite; the weights are those before.
 
     Collectives: one all-reduce where the gradient is sharded.
     """
-    norm = gradient_norm(policy.parameters())
-    _require_finite(policy, step, loss, norm)
-    nn.utils.clip_grads_with_norm_(policy.parameters(), max_grad_norm, norm)
+    weights = [weight for _, weight in trained]
+    norm = gradient_norm(weights)
+    _require_finite(trained, step, loss, norm)
+    nn.utils.clip_grads_with_norm_(weights, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=not policy.keeps_gradients)
+    optimizer.zero_grad(set_to_none=not keeps_gradients)
     return {"loss": loss, "grad_norm": norm.item(), "learning_rate": learning_rate}
 
 
-def _require_finite(policy: Policy, step: int, loss: float, norm: Tensor) -> None:
+def _require_finite(
+    trained: Sequence[tuple[str, nn.Parameter]], step: int, loss: float, norm: Tensor
+) -> None:
     loss_is_finite = math.isfinite(loss)
     if loss_is_finite and bool(torch.isfinite(norm)):
         return
     what = f"the loss ({loss})"
     if loss_is_finite:
-        names = [name for name, weight in policy.trained() if _gradient_is_broken(weight)]
+        names = [name for name, weight in trained if _gradient_is_broken(weight)]
         what = f"the gradient of {names[0]}" if names else f"the gradient norm ({norm.item()})"
     raise NonFiniteError(f"step {step}: expected finite values, got {what} before the update")
 
