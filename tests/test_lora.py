@@ -296,7 +296,8 @@ def test_two_ranks_killed_in_an_update_end_with_the_same_bits(
     finish(start(flags(inputs, whole), tmp_path / "of-whole", ranks=2), tmp_path / "of-whole")
     lines, draw = lines_of(tmp_path / "of-whole", 1), random.Random(0)
     record = tmp_path / "of-run"
-    kill = draw_kill(draw, "update", 4, lines)
+    # After step 4 began to be saved, for which step 2 had to be on the disk.
+    kill = draw_kill(draw, "update", 5, lines)
     die(start(flags(inputs, run), record, kill, ranks=2), record)
     assert list((run / "checkpoints").glob("step-*/adapter/adapter_model.safetensors"))
     finish(start(flags(inputs, run), record, ranks=2), record)
