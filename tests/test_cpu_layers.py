@@ -104,7 +104,15 @@ def test_gradients_keep_their_memory_and_forget_their_values() -> None:
     again = gradients(policy)
     for name in first:
         torch.testing.assert_close(again[name], 2 * first[name], rtol=1e-4, atol=1e-5)
-    update_weights(policy, optimizer, step=1, loss=0.0, learning_rate=0.0, max_grad_norm=1.0)
+    update_weights(
+        policy.trained(),
+        optimizer,
+        step=1,
+        loss=0.0,
+        learning_rate=0.0,
+        max_grad_norm=1.0,
+        keeps_gradients=policy.keeps_gradients,
+    )
     assert addresses == [weight.grad.data_ptr() for _, weight in policy.trained()]
     assert all(torch.equal(value, first[name]) for name, value in gradients(policy).items())
 

@@ -9,6 +9,7 @@ from test_few_rows import level  # noqa: F401
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -184,6 +185,7 @@ def test_weights_that_do_not_fit_get_one_sentence(changed: dict[str, Any], sente
     [
         (LlamaConfig(**SIZES), True),
         (LlamaConfig(**SIZES | {"hidden_size": 64}), False),
+        (GPT2Config(vocab_size=90, n_embd=256, n_layer=1, n_head=4), False),
         (LlamaConfig(**SIZES, hidden_act="gelu"), False),
         (MistralConfig(**SIZES, sliding_window=16), False),
         (

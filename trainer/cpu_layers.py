@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -58,11 +58,11 @@ class _LeanLayer(nn.Module):
             return mlp.down_proj(product)
 
 
-def is_lean(layer: nn.Module, config: PreTrainedConfig) -> bool:
+def is_lean(layer: nn.Module, config: PretrainedConfig) -> bool:
     """Whether the layer is attention and a gated MLP with SiLU, each behind an RMSNorm, and of a
     width that is worth it."""
-    has_form = isinstance(layer, LAYER_TYPES) and config.hidden_act in ("silu", "swish")
-    return has_form and config.hidden_size >= LEAST_WIDTH
+    has_form = type(layer) in LAYER_TYPES or isinstance(layer, _LeanLayer)
+    return has_form and config.hidden_act in ("silu", "swish") and config.hidden_size >= LEAST_WIDTH
 
 
 def use_lean_layers(model: PreTrainedModel) -> None:
@@ -76,6 +76,8 @@ def use_lean_layers(model: PreTrainedModel) -> None:
 def bytes_kept_less(model: PreTrainedModel) -> int:
     """Bytes a token that lean layers keep less than those of transformers, all together."""
     lean = [layer for layer in model.get_decoder().layers if is_lean(layer, model.config)]
+    if not lean:
+        return 0
     # Of each norm its product with the inverse root and its output; of the MLP the SiLU and its
     # product with the other half.
     numbers = 4 * model.config.hidden_size + 2 * model.config.intermediate_size

@@ -7,16 +7,24 @@ Shapes: B sequences, V vocabulary, D model width.
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.cache_utils import Cache
 
 import kernels
 from trainer.cpu_layers import is_lean
 from trainer.rollout.growing_cache import GrowingLayer
 
+MODEL_TYPES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
 
 class CpuDecoder:
-    """Decoding steps of a model whose layers `can_decode` knows.
+    """Decoding steps of a model that `can_decode` says yes to.
 
     The weights are those that the model has when this is made.
     """
@@ -59,12 +67,16 @@ class CpuDecoder:
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether CpuDecoder does what this model does, at a width that is worth it."""
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    has_window = getattr(model.config, "sliding_window", None) is not None
+    if type(model) not in MODEL_TYPES:
+        return False
+    config = model.config
+    layer_types = getattr(config, "layer_types", None)
+    # Without a list of layer types the window is that of all layers.
+    has_window = layer_types is None and getattr(config, "sliding_window", None) is not None
     return (
-        layer_types == {"full_attention"}
-        and not (has_window and getattr(model.config, "layer_types", None) is None)
-        and all(is_lean(layer, model.config) for layer in model.get_decoder().layers)
+        not has_window
+        and set(layer_types or ["full_attention"]) == {"full_attention"}
+        and all(is_lean(layer, config) for layer in model.get_decoder().layers)
     )
 
 
