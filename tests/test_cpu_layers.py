@@ -1,18 +1,22 @@
 """Layers of a policy on a CPU: the gradient of eager PyTorch, from less memory."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import spawn_ranks
 from test_decoder_layer import CONFIGS, random_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, PreTrainedModel
 
-from trainer.config import OptimizerOptions, ShardingOptions
+from trainer.config import LoraOptions, OptimizerOptions, ShardingOptions
 from trainer.cpu_layers import bytes_kept_less
-from trainer.fsdp import World
+from trainer.fsdp import World, full_tensor
+from trainer.lora import Adapters
 from trainer.packing import TokenSequence, pack_tokens
 from trainer.policy import Policy
 from trainer.weight_update import make_optimizer, update_weights
@@ -70,6 +74,45 @@ def test_gradient_is_as_exact_as_that_of_eager_pytorch(name: str, checkpointing:
         error, of_eager = ((each[weight] - exact[weight]).norm() for each in (lean, eager))
         # Where eager PyTorch happens to be exact, rounding of the sum itself is left.
         assert error <= ERROR_FACTOR * of_eager + 2.0**-24 * exact[weight].norm(), weight
+
+
+def test_adapters_get_the_gradient_that_eager_pytorch_gives_them() -> None:
+    results = []
+    for is_lean in (False, True):
+        model = trainable(CONFIGS["llama"]).requires_grad_(False)
+        adapters = Adapters(model, LoraOptions(lora_rank=4))
+        torch.manual_seed(5)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data.normal_(std=0.1)
+        policy = Policy(model, adapters)
+        if is_lean:
+            policy.shard(ALONE, torch.float32, ShardingOptions())
+        results.append(gradients(policy))
+    eager, lean = results
+    assert lean.keys() == eager.keys() and all("lora_" in name for name in lean)
+    for name in lean:
+        assert (lean[name] - eager[name]).norm() <= 1e-5 * eager[name].norm(), name
+
+
+def save_gradients(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    policy = Policy(trainable(CONFIGS["qwen3"]))
+    world = World(rank=rank, size=2, device=torch.device("cpu"))
+    policy.shard(world, torch.float32, ShardingOptions())
+    whole = {name: full_tensor(value) for name, value in gradients(policy).items()}
+    if rank == 0:
+        torch.save(whole, f"{folder}/gradients")
+    dist.destroy_process_group()
+
+
+def test_sharded_layers_make_outputs_again_from_whole_weights(tmp_path: Path) -> None:
+    spawn_ranks(save_gradients, 2, str(tmp_path))
+    alone = gradients(on_a_cpu(trainable(CONFIGS["qwen3"])))
+    for name, value in torch.load(tmp_path / "gradients").items():
+        # Both ranks have the same tokens, so the sum is twice the gradient.
+        assert (value - 2 * alone[name]).norm() <= 1e-5 * alone[name].norm(), name
 
 
 def allocated(model: PreTrainedModel) -> int:
