@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_trainer_run import Main, assert_same_bits, flags, inputs, main_here  # noqa: F401
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -114,19 +114,14 @@ def test_weights_gradients_and_optimizer_are_those_of_a_step(name: str) -> None:
 
 
 def kept_by_autograd(policy: Policy) -> int:
-    """Bytes of what a forward pass keeps, weights left out."""
-    weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = policy(pack_tokens(SAMPLES, CPU), lambda hidden, weight, bias: hidden)
+    """Bytes that a forward pass leaves allocated: what it keeps, and little else."""
+    tokens = pack_tokens(SAMPLES, CPU)
+    policy(tokens, lambda hidden, weight, bias: hidden)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        out = policy(tokens, lambda hidden, weight, bias: hidden)
     assert out.grad_fn is not None
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    events = measured.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 def test_activations_are_what_autograd_keeps(name: str) -> None:

@@ -16,12 +16,14 @@ K key-value heads, C head width; s, t sequences and padded length of one group.
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -131,6 +133,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     packing: Packing,
+    pads_again: bool = False,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **options: Any,
@@ -140,6 +143,7 @@ def packed_attention(
     Args:
         query_1HTC, key_1KTC, value_1KTC: H is a multiple of K.
         attention_mask: None; the sequences are masked by `packing`.
+        pads_again: padded states are made again for the backward, not kept.
         scaling: of the scores; None is C ** -0.5.
         sliding_window: last positions that a token sees, its own included.
 
@@ -157,10 +161,11 @@ def packed_attention(
     query_THC, key_TKC, value_TKC = (
         states[0].transpose(0, 1) for states in (query_1HTC, key_1KTC, value_1KTC)
     )
-    attend = _padded_attention
+    states = (query_THC, key_TKC, value_TKC)
     if query_THC.is_cuda and query_THC.dtype in HALF_PRECISION:
-        attend = _flash_attention
-    output_THC = attend(query_THC, key_TKC, value_TKC, packing, scaling, sliding_window)
+        output_THC = _flash_attention(*states, packing, scaling, sliding_window)
+    else:
+        output_THC = _padded_attention(*states, packing, scaling, sliding_window, pads_again)
     return output_THC[None], None
 
 
@@ -215,7 +220,9 @@ def _padded_attention(
     packing: Packing,
     scaling: float | None,
     sliding_window: int | None,
+    pads_again: bool,
 ) -> Tensor:
+    packed = [states.detach() for states in (query_THC, key_TKC, value_TKC)]
     outputs = []
     for sources_st in packing.padded_groups:
         length = sources_st.shape[1]
@@ -223,24 +230,89 @@ def _padded_attention(
         if sliding_window is not None and sliding_window < length:
             ones_tt = query_THC.new_ones(length, length, dtype=torch.bool)
             mask_tt = ones_tt.tril() & ones_tt.triu(1 - sliding_window)
-        query_sHtC, key_sKtC, value_sKtC = (
-            states.index_select(0, sources_st.flatten())
-            .unflatten(0, sources_st.shape)
-            .transpose(1, 2)
-            for states in (query_THC, key_TKC, value_TKC)
-        )
-        # Padding is on the right, where causal attention does not look.
-        output_sHtC = scaled_dot_product_attention(
-            query_sHtC,
-            key_sKtC,
-            value_sKtC,
-            attn_mask=mask_tt,
-            is_causal=mask_tt is None,
-            scale=scaling,
-            enable_gqa=query_THC.shape[1] != key_TKC.shape[1],
-        )
+        states = [_padded(each, sources_st) for each in (query_THC, key_TKC, value_TKC)]
+        query_sHtC, key_sKtC, value_sKtC = states
+        again = _PaddedAgain(states, packed, sources_st)
+        with again if pads_again else nullcontext():
+            # Padding is on the right, where causal attention does not look.
+            output_sHtC = scaled_dot_product_attention(
+                query_sHtC,
+                key_sKtC,
+                value_sKtC,
+                attn_mask=mask_tt,
+                is_causal=mask_tt is None,
+                scale=scaling,
+                enable_gqa=query_THC.shape[1] != key_TKC.shape[1],
+            )
+        again.drop(output_sHtC)
         outputs.append(output_sHtC.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, packing.first_padded_T)
+    output_THC = torch.cat(outputs).index_select(0, packing.first_padded_T)
+    # The groups have it too, once it is there.
+    packed.append(output_THC.detach())
+    return output_THC
+
+
+def _padded(states_THC: Tensor, sources_st: Tensor) -> Tensor:
+    """Packed states for each position of a group, `[s, H, t, C]`."""
+    gathered = states_THC.index_select(0, sources_st.flatten()).unflatten(0, sources_st.shape)
+    return gathered.transpose(1, 2)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What autograd keeps: a tensor, or which of the packed ones is to be padded for it."""
+
+    tensor: Tensor | None
+    place: int | None
+
+
+class _PaddedAgain:
+    """What is computed inside keeps no padded states for its backward, which pads them again.
+
+    Args:
+        padded: states that are not kept.
+        packed: where they come from, in the same order; the output follows, before the backward.
+        sources_st: the packed token of each position.
+    """
+
+    def __init__(
+        self, padded: Sequence[Tensor], packed: Sequence[Tensor], sources_st: Tensor
+    ) -> None:
+        self.packed, self.sources_st = packed, sources_st
+        # Not the tensors: autograd has this for as long as there is the graph.
+        self.places = {_identity(states): place for place, states in enumerate(padded)}
+        self.kept: list[_Kept] = []
+        self.hooks = saved_tensors_hooks(self._pack, self._unpack)
+
+    def __enter__(self) -> None:
+        self.hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+        # It refers to this, and a circle would keep the tensors until it is looked for.
+        del self.hooks
+
+    def drop(self, output: Tensor) -> None:
+        """Forgets the padded output too: what it has at padding meets a gradient of zero."""
+        for one in self.kept:
+            if one.tensor is not None and _identity(one.tensor) == _identity(output):
+                one.tensor, one.place = None, len(self.places)
+        self.kept = []
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        place = self.places.get(_identity(tensor))
+        self.kept.append(_Kept(tensor if place is None else None, place))
+        return self.kept[-1]
+
+    def _unpack(self, kept: _Kept) -> Tensor:
+        if kept.place is None:
+            assert kept.tensor is not None
+            return kept.tensor
+        return _padded(self.packed[kept.place], self.sources_st)
+
+
+def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -15,18 +15,29 @@ ATTENTION = "onepass_planned"
 
 
 class _SavedByAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps of so many positions, and computes nothing."""
+    """Keeps what a fused attention kernel keeps of so many positions, and computes nothing.
+
+    The packed states where they are padded again; the output is then that of the layer.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query_1HTC: Tensor, key_1KTC: Tensor, value_1KTC: Tensor, positions: int
+        ctx: Any,
+        query_1HTC: Tensor,
+        key_1KTC: Tensor,
+        value_1KTC: Tensor,
+        positions: int,
+        pads_again: bool,
     ) -> Tensor:
         _, heads, _, width = query_1HTC.shape
+        sums_EH = query_1HTC.new_empty(positions, heads, dtype=torch.float32)
+        if pads_again:
+            ctx.save_for_backward(query_1HTC, key_1KTC, value_1KTC, sums_EH)
+            return query_1HTC.new_empty(query_1HTC.shape).transpose(1, 2)
         query_EHC, output_EHC = (query_1HTC.new_empty(positions, heads, width) for _ in range(2))
         key_EKC, value_EKC = (
             states.new_empty(positions, states.shape[1], width) for states in (key_1KTC, value_1KTC)
         )
-        sums_EH = query_1HTC.new_empty(positions, heads, dtype=torch.float32)
         ctx.save_for_backward(query_EHC, key_EKC, value_EKC, output_EHC, sums_EH)
         return query_1HTC.new_empty(query_1HTC.shape).transpose(1, 2)
 
@@ -40,13 +51,15 @@ def _planned_attention(
     *,
     positions: int,
     repeats_heads: bool,
+    pads_again: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
     repeats = query_1HTC.shape[1] // key_1KTC.shape[1] if repeats_heads else 1
     key_1KTC, value_1KTC = (
         states.repeat_interleave(repeats, dim=1) for states in (key_1KTC, value_1KTC)
     )
-    return _SavedByAttention.apply(query_1HTC, key_1KTC, value_1KTC, positions).contiguous(), None
+    states = (query_1HTC, key_1KTC, value_1KTC)
+    return _SavedByAttention.apply(*states, positions, pads_again).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _planned_attention)
@@ -88,6 +101,7 @@ def activation_bytes(
             use_cache=False,
             positions=positions,
             repeats_heads=device != "cpu",
+            pads_again=device == "cpu" and not checkpointing,
         )
     total = _total(kept)
     if not checkpointing:

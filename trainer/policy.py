@@ -43,6 +43,8 @@ class Policy(nn.Module):
         # Gradients have their memory for good. Allocated anew for each step they would lie among
         # the activations, and keep the heap from being used again.
         self.keeps_gradients = False
+        # Checkpointing makes all of a layer again, and would have to keep what this needs.
+        self.pads_again = True
 
     def forward(
         self,
@@ -63,6 +65,7 @@ class Policy(nn.Module):
             position_ids=tokens.packing.positions_T[None],
             use_cache=False,
             packing=tokens.packing,
+            pads_again=self.pads_again,
         ).last_hidden_state
         hidden_ND = hidden_1TD[0].index_select(0, tokens.target_positions_N)
         output = self.model.get_output_embeddings()
@@ -81,6 +84,7 @@ class Policy(nn.Module):
         """
         layers = list(self.model.get_decoder().layers)
         if options.activation_checkpointing:
+            self.pads_again = False
             self._enable_checkpointing({"use_reentrant": False})
             for layer in layers:
                 # A layer recomputes itself in training mode only; its dropout stays off.
