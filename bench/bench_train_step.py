@@ -89,7 +89,7 @@ def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
         "run-dir": folder / "run",
         "backend": backend,
         "template": TEMPLATE,
-        "micro-batch-tokens": 320,
+        "micro-batch-tokens": 512,
         "steps": STEPS,
         "num-prompts": NUM_PROMPTS,
         "group-size": GROUP_SIZE,

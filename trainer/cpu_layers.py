@@ -2,7 +2,7 @@
 
 The norms and the gated activation are one kernel each. What a linear layer keeps of its input is
 not kept where a pass over memory gives it again from what is kept anyway: the outputs of the norms
-and of the activation. A layer of SmolLM2-135M then holds 28 kB a token in place of 50.
+and of the activation. A layer of SmolLM2-135M then holds 23 kB a token in place of 45.
 
 Shapes: T packed tokens, D model width.
 """

@@ -20,6 +20,7 @@ from trainer.attention import PACKED
 from trainer.config import ShardingOptions
 from trainer.cpu_layers import use_lean_embedding, use_lean_layers
 from trainer.fsdp import World, shard_head, shard_model
+from trainer.host_memory import return_free_memory
 from trainer.lora import Adapters
 from trainer.packing import PackedTokens
 from trainer.stored_tensors import local_part
@@ -68,6 +69,9 @@ class Policy(nn.Module):
             pads_again=self.pads_again,
         ).last_hidden_state
         hidden_ND = hidden_1TD[0].index_select(0, tokens.target_positions_N)
+        if self.keeps_gradients and torch.is_grad_enabled():
+            # What the layers left free lies between what they keep, and is too small for the head.
+            return_free_memory()
         output = self.model.get_output_embeddings()
         weight, bias = output.weight, output.bias
         if self.vocab is not None:
