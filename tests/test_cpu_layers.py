@@ -1,6 +1,8 @@
 """Layers of a policy on a CPU: the gradient of eager PyTorch, from less memory."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,20 @@ def test_narrow_layers_and_other_activations_stay_as_they_are() -> None:
         kinds = [type(module) for module in model.modules()]
         on_a_cpu(model)
         assert kinds == [type(module) for module in model.modules()]
+
+
+def test_nothing_stays_in_a_circle_when_the_graph_is_gone() -> None:
+    for checkpointing in (False, True):
+        policy = on_a_cpu(trainable(CONFIGS["llama"]), activation_checkpointing=checkpointing)
+        gc.collect()
+        gc.disable()
+        try:
+            loss = policy(packed_tokens(), lambda hidden, weight, bias: hidden.sum())
+            loss.backward()
+            left = [weakref.ref(loss)]
+            del loss
+            assert left[0]() is None
+            kept = [one for one in gc.get_objects() if type(one).__name__ == "_PaddedAgain"]
+        finally:
+            gc.enable()
+        assert not kept

@@ -282,9 +282,9 @@ class _PaddedAgain:
         # Not the tensors: autograd has this for as long as there is the graph.
         self.places = {_identity(states): place for place, states in enumerate(padded)}
         self.kept: list[_Kept] = []
-        self.hooks = saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> None:
+        self.hooks = saved_tensors_hooks(self._pack, self._unpack)
         self.hooks.__enter__()
 
     def __exit__(self, *error: object) -> None:
