@@ -171,10 +171,16 @@ def test_narrow_layers_and_other_activations_stay_as_they_are() -> None:
         assert kinds == [type(module) for module in model.modules()]
 
 
+def padded_again() -> list[object]:
+    """What packed attention left for backward passes."""
+    return [one for one in gc.get_objects() if type(one).__name__ == "_PaddedAgain"]
+
+
 def test_nothing_stays_in_a_circle_when_the_graph_is_gone() -> None:
     for checkpointing in (False, True):
         policy = on_a_cpu(trainable(CONFIGS["llama"]), activation_checkpointing=checkpointing)
         gc.collect()
+        before = padded_again()
         gc.disable()
         try:
             loss = policy(packed_tokens(), lambda hidden, weight, bias: hidden.sum())
@@ -182,7 +188,7 @@ def test_nothing_stays_in_a_circle_when_the_graph_is_gone() -> None:
             left = [weakref.ref(loss)]
             del loss
             assert left[0]() is None
-            kept = [one for one in gc.get_objects() if type(one).__name__ == "_PaddedAgain"]
+            # Graphs of other tests may be there still.
+            assert len(padded_again()) == len(before)
         finally:
             gc.enable()
-        assert not kept
