@@ -24,8 +24,8 @@ from trainer.policy import Policy
 from trainer.weight_update import make_optimizer, update_weights
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-# Of the error of eager float32, Euclidean norm.
-ERROR_FACTOR = 1.5
+# Of the error of eager float32, Euclidean norm; of a bias of few numbers it scatters.
+ERROR_FACTOR = 2.0
 PADDING = 7
 
 
