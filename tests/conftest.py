@@ -102,11 +102,8 @@ def code_grader() -> Iterator[CodeGrader]:
     limits = Limits(
         cpu_seconds=1, wall_slack_seconds=1.5, memory_bytes=512 << 20, processes=24, open_files=32
     )
-    compiling = Limits(
-        cpu_seconds=3, wall_slack_seconds=30, memory_bytes=1 << 30, output_bytes=4 << 20
-    )
     with pytest.MonkeyPatch.context() as patch:
         # A program that overruns the real time is not run again, however busy the machine is.
         patch.setattr("trainer.rewards.code_grader.machine_is_loaded", lambda: False)
-        with CodeGrader(workers=2, limits=limits, compile_limits=compiling) as grader:
+        with CodeGrader(workers=2, limits=limits) as grader:
             yield grader

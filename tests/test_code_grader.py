@@ -258,6 +258,14 @@ def test_cpp_program_has_a_status(code_grader: CodeGrader, body: str, status: st
     assert graded(code_grader, program, TWO_NUMBERS).status == status
 
 
+@pytest.fixture(scope="module")
+def short_grader(code_grader: CodeGrader) -> Iterator[CodeGrader]:
+    """Compiles for so short a time that nothing with a standard library in it gets through."""
+    short = Limits(cpu_seconds=1, wall_slack_seconds=30, memory_bytes=1 << 30, output_bytes=4 << 20)
+    with CodeGrader(compile_limits=short) as grader:
+        yield grader
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -279,8 +287,8 @@ def test_cpp_program_has_a_status(code_grader: CodeGrader, body: str, status: st
         *("template", "constexpr", "macro", "nul"),
     ],
 )  # fmt: skip
-def test_compile_bombs_are_compile_errors(code_grader: CodeGrader, source: str) -> None:
-    grade = graded(code_grader, Program(source=source, language="cpp"), TWO_NUMBERS)
+def test_compile_bombs_are_compile_errors(short_grader: CodeGrader, source: str) -> None:
+    grade = graded(short_grader, Program(source=source, language="cpp"), TWO_NUMBERS)
     assert grade.status == "compile_error"
     assert "root:" not in grade.detail
 

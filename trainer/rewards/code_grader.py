@@ -39,14 +39,15 @@ DEFAULT_TIME_FACTORS: Mapping[Language, float] = {"python": 3.0, "cpp": 1.0}
 DEFAULT_LIMITS = Limits()
 """Of one test."""
 COMPILE_LIMITS = Limits(
-    cpu_seconds=10,
-    wall_slack_seconds=10,
+    cpu_seconds=20,
+    wall_slack_seconds=60,
     memory_bytes=2 << 30,
     file_bytes=64 << 20,
     tmp_bytes=256 << 20,
     output_bytes=16 << 20,
 )
-"""Of compiling one program, whose binary counts as output."""
+"""Of compiling one program, whose binary counts as output; far above what a whole standard library
+takes (4 s of a busy processor), since a right program that is out of time here counts as wrong."""
 
 _logger = logging.getLogger(__name__)
 _ENDS_THE_PROGRAM: frozenset[TestStatus] = frozenset(
