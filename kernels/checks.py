@@ -99,6 +99,21 @@ def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
 
 
+def check_float32_on_cpu(**tensors: Tensor | None) -> None:
+    """For what has C++ kernels in one type only."""
+    for name, tensor in tensors.items():
+        if tensor is None or (tensor.dtype, tensor.device.type) == (torch.float32, "cpu"):
+            continue
+        raise ValueError(f"{name}: expected float32 on cpu, got {tensor.dtype} on {tensor.device}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """For tensors that are read where they lie."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
 def checked_layout(logits: Tensor, inplace: bool = False) -> Tensor:
     """Logits as [outer, inner, W] with contiguous rows; a layout without them is copied once."""
     logits_OIW = logits.unsqueeze(0) if logits.dim() == 2 else logits

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import native_backend
+from kernels.checks import check_contiguous, check_float32_on_cpu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,23 +50,15 @@ class DecoderWeights:
     """[D, F]"""
 
     def __post_init__(self) -> None:
-        for name, tensor in self._tensors():
-            is_float32 = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-            if not is_float32 or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected contiguous float32 on cpu, got {tensor.dtype} on "
-                    f"{tensor.device} with strides {tensor.stride()}"
-                )
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        found = []
+        tensors: dict[str, Tensor | None] = {}
         for name in (each.name for each in fields(self)):
             value = getattr(self, name)
             if isinstance(value, LinearWeights):
-                found += [(name, value.weight), (f"{name}.bias", value.bias)]
+                tensors |= {name: value.weight, f"{name}.bias": value.bias}
             else:
-                found.append((name, value))
-        return [(name, tensor) for name, tensor in found if tensor is not None]
+                tensors[name] = value
+        check_float32_on_cpu(**tensors)
+        check_contiguous(**tensors)
 
 
 class DecoderLayer:

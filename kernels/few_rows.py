@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import native_backend
+from kernels.checks import check_contiguous, check_float32_on_cpu
 
 
 def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -26,19 +27,13 @@ def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) 
         ValueError: another type, device, layout or shape, or a gradient is asked for.
         RuntimeError: the C++ kernels cannot run here.
     """
+    check_float32_on_cpu(x=x, weight=weight_VD, bias=bias_V)
+    check_contiguous(weight=weight_VD, bias=bias_V)
     for name, tensor in (("x", x), ("weight", weight_VD), ("bias", bias_V)):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name}: expected float32 on cpu, got {tensor.dtype} on {tensor.device}"
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected no gradient to be asked for, got requires_grad=True"
             )
-        if name != "x" and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if weight_VD.dim() != 2 or x.shape[-1:] != weight_VD.shape[1:]:
         raise ValueError(
             f"weight: expected [V, {x.shape[-1] if x.dim() else 'D'}] for x {list(x.shape)}, "

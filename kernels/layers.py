@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels import native_backend
+from kernels.checks import check_float32_on_cpu
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -29,7 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         ValueError: another type, device or shape.
         RuntimeError: the C++ kernels cannot run here.
     """
-    _check_float32_on_cpu(x=x, weight=weight_D)
+    check_float32_on_cpu(x=x, weight=weight_D)
     if weight_D.dim() != 1 or x.shape[-1:] != weight_D.shape:
         raise ValueError(
             f"weight: expected [{x.shape[-1] if x.dim() else 'D'}] for x {list(x.shape)}, "
@@ -52,7 +53,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: another type or device, or shapes that differ.
         RuntimeError: the C++ kernels cannot run here.
     """
-    _check_float32_on_cpu(gate=gate, up=up)
+    check_float32_on_cpu(gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"up: expected {list(gate.shape)} as gate, got {list(up.shape)}")
     return _GatedSilu.apply(gate, up)
@@ -85,11 +86,3 @@ class _GatedSilu(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
         return native_backend.gated_silu_backward(grad, gate, up)
-
-
-def _check_float32_on_cpu(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(
-                f"{name}: expected float32 on cpu, got {tensor.dtype} on {tensor.device}"
-            )

@@ -24,8 +24,8 @@ from trainer.policy import Policy
 from trainer.weight_update import make_optimizer, update_weights
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-# Of the error of eager float32, Euclidean norm; of a bias of few numbers it scatters.
-ERROR_FACTOR = 2.0
+# Of the error of eager float32.
+ERROR_FACTOR = 1.5
 PADDING = 7
 
 
@@ -58,6 +58,11 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     return {name: weight.grad.double() for name, weight in policy.trained()}
 
 
+def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Tensor:
+    """Of the gradient of each weight, by Euclidean norm."""
+    return torch.stack([(found[name] - exact[name]).norm() / exact[name].norm() for name in exact])
+
+
 def on_a_cpu(model: PreTrainedModel, **sharding: Any) -> Policy:
     policy = Policy(model)
     policy.shard(ALONE, torch.float32, ShardingOptions(**sharding))
@@ -72,10 +77,10 @@ def test_gradient_is_as_exact_as_that_of_eager_pytorch(name: str, checkpointing:
     eager = gradients(Policy(trainable(CONFIGS[name], **made)))
     policy = on_a_cpu(trainable(CONFIGS[name], **made), activation_checkpointing=checkpointing)
     lean = gradients(policy)
-    for weight in exact:
-        error, of_eager = ((each[weight] - exact[weight]).norm() for each in (lean, eager))
-        # Where eager PyTorch happens to be exact, rounding of the sum itself is left.
-        assert error <= ERROR_FACTOR * of_eager + 2.0**-24 * exact[weight].norm(), weight
+    errors, of_eager = (relative_errors(each, exact) for each in (lean, eager))
+    assert errors.norm() <= ERROR_FACTOR * of_eager.norm()
+    # Errors of a bias of few numbers scatter, but not beyond what some weight has in eager PyTorch.
+    assert errors.max() <= ERROR_FACTOR * of_eager.max()
 
 
 def test_adapters_get_the_gradient_that_eager_pytorch_gives_them() -> None:

@@ -39,9 +39,9 @@ class _LeanLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         """`[1, T, D]` to `[1, T, D]`."""
+        residual = hidden_states.detach()
         normed = _norm(self.input_layernorm, hidden_states)
         with _made_again(normed, lambda: _norm(self.input_layernorm, residual)):
-            residual = hidden_states.detach()
             attended, _ = self.self_attn(hidden_states=normed, **options)
         hidden_states = hidden_states + attended
         return hidden_states + self._mlp(hidden_states)
@@ -58,6 +58,9 @@ class _LeanLayer(nn.Module):
             return mlp.down_proj(product)
 
 
+_LEAN_TYPES = {kind: type(kind.__name__, (_LeanLayer, kind), {}) for kind in LAYER_TYPES}
+
+
 def is_lean(layer: nn.Module, config: PretrainedConfig) -> bool:
     """Whether the layer is attention and a gated MLP with SiLU, each behind an RMSNorm, and of a
     width that is worth it."""
@@ -70,7 +73,7 @@ def use_lean_layers(model: PreTrainedModel) -> None:
     form and a width that is worth it."""
     for layer in model.get_decoder().layers:
         if is_lean(layer, model.config):
-            layer.__class__ = type(layer.__class__.__name__, (_LeanLayer, layer.__class__), {})
+            layer.__class__ = _LEAN_TYPES[type(layer)]
 
 
 def bytes_kept_less(model: PreTrainedModel) -> int:

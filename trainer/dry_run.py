@@ -29,6 +29,7 @@ from trainer.model_loading import (
     TINY_MODELS,
     load_tokenizer,
     read_config,
+    read_reward_models,
     resolve_model,
 )
 from trainer.pipeline import parse_pipeline_options
@@ -145,7 +146,7 @@ def dry_run(arguments: Sequence[str], *, node_text: str) -> None:
     named_template(config.template)
     check_rewards(config.reward)
     print(f"data      {_problems_sentence(config)}")
-    scorers = {name: read_config(path) for name, path in config.reward.reward_models.items()}
+    scorers = read_reward_models(config.reward)
     _print_plan(_plan(config, _shape(config.model, config.cache_dir), node, scorers), node)
 
 
@@ -187,7 +188,7 @@ def _dry_run_of_pipeline(config: PipelineConfig, node_text: str) -> None:
         if isinstance(options, TrainConfig):
             # One that a stage makes has the shape of the model it is made from.
             scorers = {
-                name: shape if path in made else read_config(path)
+                name: shape if path in made else read_config(path, f"--{name}-model")
                 for name, path in options.reward.reward_models.items()
             }
         plan = _plan(options, shape, node, scorers)

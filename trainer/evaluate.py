@@ -78,13 +78,7 @@ def evaluate_model(options: EvaluateOptions, world: World) -> Results:
     results: Results = {}
     runs_code = any(one.tests for of_suite in problems.values() for one in of_suite)
     with Scorer(options.reward, template, max_new_tokens=positions, runs_code=runs_code) as scorer:
-        prompter = Prompter(
-            tokenizer,
-            template,
-            scorer,
-            max_prompt_tokens=positions - 1,
-            limit="the model's positions",
-        )
+        prompter = Prompter.within(positions, tokenizer, template, scorer)
         longest = {name: _longest_prompt(prompter, each) for name, each in problems.items()}
         sampling = {
             suite_name(each): _sampling(options, each, longest[suite_name(each)], positions)

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from trainer.config import UsageError
+from trainer.config import RewardOptions, UsageError
 from trainer.lora import base_weights
 from trainer.stored_tensors import StoredTensors
 from trainer.suites import EMBEDDED_TASKS, TASK_OF_MODEL
@@ -94,6 +94,18 @@ def read_config(source: str, flag: str = "--model") -> PretrainedConfig:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(cannot_load("config", source, error, flag)) from error
+
+
+def read_reward_models(options: RewardOptions) -> dict[str, PretrainedConfig]:
+    """The configs of a run's reward models, by their names.
+
+    Raises:
+        UsageError: one cannot be loaded.
+    """
+    return {
+        name: read_config(folder, f"--{name}-model")
+        for name, folder in options.reward_models.items()
+    }
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

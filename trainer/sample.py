@@ -207,13 +207,7 @@ def _sample_parts(
     with Scorer(
         options.reward, template, max_new_tokens=options.max_new_tokens, runs_code=runs_code
     ) as scorer:
-        prompter = Prompter(
-            tokenizer,
-            template,
-            scorer,
-            max_prompt_tokens=positions - 1,
-            limit="the model's positions",
-        )
+        prompter = Prompter.within(positions, tokenizer, template, scorer)
         longest = max(len(prompter.encode(problem)) for part in parts for problem in part)
         check_room(options.max_new_tokens, options.data.dataset, longest, positions)
         max_tokens = longest + options.max_new_tokens

@@ -71,6 +71,18 @@ class Prompter:
         self.tokenizer, self.template, self.scorer = tokenizer, template, scorer
         self.max_prompt_tokens, self.limit = max_prompt_tokens, limit
 
+    @classmethod
+    def within(
+        cls,
+        positions: int,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        scorer: Scorer,
+    ) -> "Prompter":
+        """One that leaves room for a token at least of what the model has room for."""
+        limit = "the model's positions"
+        return cls(tokenizer, template, scorer, max_prompt_tokens=positions - 1, limit=limit)
+
     def encode(self, problem: Problem) -> list[int]:
         """Token ids of the problem's prompt.
 

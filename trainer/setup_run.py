@@ -19,7 +19,7 @@ from trainer.model_loading import (
     load_model,
     load_tokenizer,
     open_model,
-    read_config,
+    read_reward_models,
     read_weights,
     resolve_model,
     stored_files,
@@ -103,9 +103,7 @@ def start_run(
             device=world.device.type,
             device_bytes=device_bytes,
             prompt_tokens=min(config.rollout.max_prompt_tokens, max(map(len, prompts))),
-            reward_models={
-                name: read_config(path) for name, path in config.reward.reward_models.items()
-            },
+            reward_models=read_reward_models(config.reward),
         ),
     )
     scorer = Scorer(

@@ -131,6 +131,8 @@ class TransformersSampler:
         A weight that is at hand whole, in the right type and place, is used where it is, so one
         rank in float32 has every weight once.
         """
+        # It holds the addresses of the weights before, and so their memory.
+        self.decoder = None
         for name, tensor in weights():
             own = self.parameters[name]
             is_alike = (own.dtype, own.device) == (tensor.dtype, tensor.device)
@@ -162,9 +164,9 @@ class TransformersSampler:
         A completion depends on its prompt, its key and the weights alone, up to the rounding of the
         forward pass.
         """
-        if self.model.device.type == "cpu" and self.model.dtype == torch.float32:
-            # The addresses of weights change when new ones are loaded.
-            self.decoder = CpuDecoder(self.model) if can_decode(self.model) else None
+        is_float32_on_cpu = (self.model.device.type, self.model.dtype) == ("cpu", torch.float32)
+        if self.decoder is None and is_float32_on_cpu and can_decode(self.model):
+            self.decoder = CpuDecoder(self.model)
         group_size = keys_PG.shape[1]
         prompts_per_batch = max(1, self.rows_per_batch // group_size)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
