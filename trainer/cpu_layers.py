@@ -87,6 +87,16 @@ def bytes_kept_less(model: PreTrainedModel) -> int:
     return len(lean) * numbers * torch.float32.itemsize
 
 
+def keeps_gradients(width: int, dtype_bytes: int, device: str, ranks: int) -> bool:
+    """Whether gradients have their memory for good: on a CPU, where weights are not sharded.
+
+    Allocated anew for each step they would lie among the activations, and keep the heap from being
+    used again.
+    """
+    is_float32_on_cpu = device == "cpu" and dtype_bytes == torch.float32.itemsize
+    return is_float32_on_cpu and ranks == 1 and width >= LEAST_WIDTH
+
+
 def use_lean_embedding(model: PreTrainedModel) -> None:
     """Gives the embedding of a model that is whole on this CPU a gradient of its own size only
     once, `weight.grad`."""

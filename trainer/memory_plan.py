@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from kernels.linear_head import CHUNK_BYTES
 from trainer.config import RunConfig, TrainConfig
-from trainer.cpu_layers import LEAST_WIDTH, bytes_kept_less
+from trainer.cpu_layers import bytes_kept_less, keeps_gradients
 from trainer.exact_head import BLOCK_ROWS
 from trainer.fsdp import check_replicate
 from trainer.kept_activations import ATTENTION, activation_bytes
@@ -114,7 +114,7 @@ def _weight_parts(
     check_replicate(config.sharding, ranks)
     shards = ranks // config.sharding.replicate
     own, trained = (-(-count // shards) * FLOAT32 for count in (sizes.numel, sizes.trained_numel))
-    on_cpu = device == "cpu"
+    on_cpu, keeps = device == "cpu", keeps_gradients(sizes.width, sizes.itemsize, device, ranks)
     on_host = on_cpu or config.sharding.cpu_offload
     more_ranks = "more ranks" if on_cpu else "--cpu-offload True or more ranks"
     # With adapters it is the model without them.
@@ -131,7 +131,7 @@ def _weight_parts(
     for name, size, phases, knob in (
         ("weights", own, PHASES, more_ranks),
         ("optimizer", 2 * trained, PHASES, more_ranks),
-        ("gradients", trained, UPDATE, more_ranks),
+        ("gradients", trained, PHASES if keeps else UPDATE, more_ranks),
         ("reference", own * has_reference, PHASES, "--kl-weight 0 or more ranks"),
     ):
         yield MemoryPart(name=name, bytes=size, phases=phases, knob=knob, on_host=on_host)
@@ -299,7 +299,7 @@ def _pass_parts(
     smaller = "a smaller --micro-batch-tokens"
     itemsize = max(sizes.itemsize, FLOAT32) if not is_sharded(config, ranks) else sizes.itemsize
     # Gradients of the embedding and of the head, whole, and FSDP's float32 copy to reduce.
-    has_embedding_apart = not (is_float32_on_cpu and ranks == 1 and sizes.width >= LEAST_WIDTH)
+    has_embedding_apart = not keeps_gradients(sizes.width, sizes.itemsize, device, ranks)
     whole = sizes.vocabulary * sizes.width * itemsize * (1 + has_embedding_apart)
     if is_sharded(config, ranks):
         whole += sizes.root_numel * FLOAT32

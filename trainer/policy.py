@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kernels import VocabShard
 from trainer.attention import PACKED
 from trainer.config import ShardingOptions
-from trainer.cpu_layers import use_lean_embedding, use_lean_layers
+from trainer.cpu_layers import LEAST_WIDTH, keeps_gradients, use_lean_embedding, use_lean_layers
 from trainer.fsdp import World, shard_head, shard_model
 from trainer.host_memory import return_free_memory
 from trainer.lora import Adapters
@@ -41,9 +41,9 @@ class Policy(nn.Module):
         model.set_attn_implementation(PACKED)
         self.model, self.adapters = model, adapters
         self.vocab: VocabShard | None = None
-        # Gradients have their memory for good. Allocated anew for each step they would lie among
-        # the activations, and keep the heap from being used again.
         self.keeps_gradients = False
+        # Of the heap, between passes that leave it in pieces; it costs a small model too much time.
+        self.returns_memory = False
         # Checkpointing makes all of a layer again, and would have to keep what this needs.
         self.pads_again = True
 
@@ -69,7 +69,7 @@ class Policy(nn.Module):
             pads_again=self.pads_again,
         ).last_hidden_state
         hidden_ND = hidden_1TD[0].index_select(0, tokens.target_positions_N)
-        if self.keeps_gradients and torch.is_grad_enabled():
+        if self.returns_memory and torch.is_grad_enabled():
             # What the layers left free lies between what they keep, and is too small for the head.
             return_free_memory()
         output = self.model.get_output_embeddings()
@@ -96,9 +96,11 @@ class Policy(nn.Module):
         is_float32_on_cpu = world.device.type == "cpu" and dtype == torch.float32
         if is_float32_on_cpu and not options.activation_checkpointing:
             use_lean_layers(self.model)
-        if is_float32_on_cpu and world.size == 1:
+        width, on = self.model.config.get_text_config().hidden_size, world.device.type
+        self.returns_memory = on == "cpu" and width >= LEAST_WIDTH
+        self.keeps_gradients = keeps_gradients(width, dtype.itemsize, on, world.size)
+        if self.keeps_gradients:
             use_lean_embedding(self.model)
-            self.keeps_gradients = True
         if options.shard_head:
             self.vocab = shard_head(self.model, world)
         shard_model(self, layers, world, dtype, options)

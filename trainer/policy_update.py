@@ -83,8 +83,9 @@ class PolicyUpdate:
         """
         if not samples:
             return {}
-        # What sampling left free in the heap is in pieces that fit nothing here.
-        return_free_memory()
+        if self.policy.returns_memory:
+            # What sampling left free in the heap is in pieces that fit nothing here.
+            return_free_memory()
         old = self._old_logprobs(samples)
         ref = self._ref_logprobs(samples)
         options = self.config.optimizer
