@@ -17,27 +17,38 @@ namespace {
 constexpr int kSums = 12;
 // Products summed before they are added to the total, so that rounding does not grow with the depth.
 constexpr int64_t kDepthOfSum = 64;
+constexpr int64_t kFloatsOfLine = 16;
+// Columns of the largest tile during which the next one is fetched: more of them leave nothing to
+// compute while the processor fetches them by itself.
+constexpr int kTileToFetch = 6;
 constexpr int64_t kLargestGroup = 16;
 constexpr int64_t kSmallestGroup = kLanes > 8 ? kLanes : 8;
 
+// `next`: weights to fetch on the way, as many as those that are used; null for none.
 template <int kGroup, int kColumns>
-inline void few_rows_tile(const FewRows& x, const float* weight, float* out, int64_t stride) {
+inline void few_rows_tile(const FewRows& x, const float* weight, const float* next, float* out,
+                          int64_t stride) {
   constexpr int kVectors = kGroup / kLanes;
   Vector totals[kColumns][kVectors] = {};
   for (int64_t start = 0; start < x.depth; start += kDepthOfSum) {
     const int64_t end = start + kDepthOfSum < x.depth ? start + kDepthOfSum : x.depth;
     Vector sums[kColumns][kVectors] = {};
-    for (int64_t k = start; k < end; ++k) {
-      Vector rows[kVectors];
+    for (int64_t line = start; line < end; line += kFloatsOfLine) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        rows[v] = (Vector)load_bits(x.packed + k * kGroup + v * kLanes);
-      }
+      for (int j = 0; next && j < kColumns; ++j) __builtin_prefetch(next + j * x.depth + line);
+      const int64_t line_end = line + kFloatsOfLine < end ? line + kFloatsOfLine : end;
+      for (int64_t k = line; k < line_end; ++k) {
+        Vector rows[kVectors];
 #pragma GCC unroll 16
-      for (int j = 0; j < kColumns; ++j) {
-        const Vector factor = broadcast(weight[j * x.depth + k]);
+        for (int v = 0; v < kVectors; ++v) {
+          rows[v] = (Vector)load_bits(x.packed + k * kGroup + v * kLanes);
+        }
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sums[j][v] = fused(factor, rows[v], sums[j][v]);
+        for (int j = 0; j < kColumns; ++j) {
+          const Vector factor = broadcast(weight[j * x.depth + k]);
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) sums[j][v] = fused(factor, rows[v], sums[j][v]);
+        }
       }
     }
 #pragma GCC unroll 16
@@ -61,9 +72,14 @@ void few_rows_group(const FewRows& x, const float* weight, int64_t columns, floa
   constexpr int kTile = kSums / (kGroup / kLanes);
   int64_t j = 0;
   for (; j + kTile <= columns; j += kTile) {
-    few_rows_tile<kGroup, kTile>(x, weight + j * x.depth, out + j, stride);
+    const float* tile = weight + j * x.depth;
+    const bool has_next = kTile <= kTileToFetch && j + 2 * kTile <= columns;
+    few_rows_tile<kGroup, kTile>(x, tile, has_next ? tile + kTile * x.depth : nullptr, out + j,
+                                 stride);
   }
-  for (; j < columns; ++j) few_rows_tile<kGroup, 1>(x, weight + j * x.depth, out + j, stride);
+  for (; j < columns; ++j) {
+    few_rows_tile<kGroup, 1>(x, weight + j * x.depth, nullptr, out + j, stride);
+  }
 }
 
 void few_rows_linear(const FewRows& x, const float* weight, int64_t columns, float* out,

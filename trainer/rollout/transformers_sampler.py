@@ -328,7 +328,7 @@ def sample_tokens(
     if temperature == 0:
         token_ids_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
     else:
-        cumulative_BV = logprobs_BV.double().exp_().cumsum(dim=-1)
+        cumulative_BV = logprobs_BV.double().exp_().cumsum_(dim=-1)
         totals_B1 = cumulative_BV[:, -1:]
         # Below the total even where the product rounds up, so that the token found has a
         # probability above 0.
