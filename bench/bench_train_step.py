@@ -2,10 +2,12 @@
 TRL's GRPOTrainer, on SmolLM2-135M with the same prompts, lengths and dtype.
 
 Each runs in a process of its own, one after the other: its peak memory is the operating system's
-word for that process, and no library leaves threads or pages to the next. 2 prompts, 8 completions
-each of at most 128 tokens, float32. The first step, which warms up, is left out. MFU: FLOP of the
-model itself (2 a weight and token forward, 6 with backward; prompt tokens once a completion, as in
-padded training) over what a large matrix product reaches on the same threads.
+word for that process, and no library leaves threads or pages to the next. Ours and TRL run twice,
+with two seeds, ours first and last: a machine whose speed drifts is slow for both. 2 prompts, 8
+completions each of at most 128 tokens, float32. The first step of a process, which warms up, is
+left out. MFU: FLOP of the model itself (2 a weight and token forward, 6 with backward; prompt
+tokens once a completion, as in padded training) over what a large matrix product reaches on the
+same threads.
 """
 
 import json
@@ -34,17 +36,35 @@ WEIGHTS = 134_515_008
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one trainer took for a step."""
+    """What one trainer took for its steps, the first of each process left out."""
 
     name: str
-    seconds: float
-    """Median over steps, the first left out."""
-    completion_tokens: float
-    """Mean length of a completion, over the same steps."""
+    step_seconds: list[float]
+    lengths: list[float]
+    """Mean length of a completion, by step."""
     peak_bytes: int
-    """Most memory of the process, weights, optimizer and libraries included."""
-    phases: dict[str, float]
-    """Seconds by phase; ours only."""
+    """Most memory of a process, weights, optimizer and libraries included."""
+    phases: dict[str, list[float]]
+    """Seconds of each step by phase; ours only."""
+
+    @property
+    def seconds(self) -> float:
+        """Median over steps."""
+        return statistics.median(self.step_seconds)
+
+    @property
+    def completion_tokens(self) -> float:
+        """Mean length of a completion."""
+        return statistics.mean(self.lengths)
+
+    def __add__(self, other: "StepResult") -> "StepResult":
+        return StepResult(
+            name=self.name,
+            step_seconds=self.step_seconds + other.step_seconds,
+            lengths=self.lengths + other.lengths,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            phases={name: self.phases[name] + other.phases[name] for name in self.phases},
+        )
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +99,9 @@ def run_measured(command: list[str]) -> tuple[str, int]:
     return out, usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
+def run_ours(name: str, backend: str, model: str, folder: Path, seed: int = 0) -> StepResult:
     """Steps of `trainer/train.py`."""
+    folder.mkdir()
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions()))
     options: dict[str, Any] = {
@@ -91,6 +112,7 @@ def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
         "template": TEMPLATE,
         "micro-batch-tokens": 512,
         "steps": STEPS,
+        "seed": seed,
         "num-prompts": NUM_PROMPTS,
         "group-size": GROUP_SIZE,
         "max-new-tokens": MAX_NEW_TOKENS,
@@ -108,29 +130,27 @@ def run_ours(name: str, backend: str, model: str, folder: Path) -> StepResult:
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["step"] > 1]
     phases = {
-        key.removeprefix("seconds/"): statistics.median(record[key] for record in records)
+        key.removeprefix("seconds/"): [record[key] for record in records]
         for key in records[0]
         if key.startswith("seconds/") and key != "seconds/eval"
     }
     return StepResult(
         name=name,
-        seconds=statistics.median(
-            sum(record[f"seconds/{phase}"] for phase in phases) for record in records
-        ),
-        completion_tokens=statistics.mean(record["length/mean"] for record in records),
+        step_seconds=list(map(sum, zip(*phases.values(), strict=True))),
+        lengths=[record["length/mean"] for record in records],
         peak_bytes=peak,
         phases=phases,
     )
 
 
-def run_trl(name: str, checkpointing: str, model: str) -> StepResult:
+def run_trl(name: str, checkpointing: str, model: str, seed: int = 0) -> StepResult:
     """Steps of TRL's GRPOTrainer."""
-    out, peak = run_measured(["bench/trl_steps.py", model, str(STEPS), checkpointing])
+    out, peak = run_measured(["bench/trl_steps.py", model, str(STEPS), checkpointing, str(seed)])
     measured = json.loads(out.strip().splitlines()[-1])
     return StepResult(
         name=name,
-        seconds=statistics.median(measured["seconds"][1:]),
-        completion_tokens=statistics.mean(measured["lengths"][1:]),
+        step_seconds=measured["seconds"][1:],
+        lengths=measured["lengths"][1:],
         peak_bytes=peak,
         phases={},
     )
@@ -164,14 +184,16 @@ def table(results: list[StepResult], flops: float, prompt_tokens: int) -> str:
             f"| {work / each.seconds / flops:.0%} | {each.peak_bytes / 1e6:.0f} "
             f"| {ours.peak_bytes / each.peak_bytes:.0%} |"
         )
-    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ours.phases.items())
+    phases = ", ".join(
+        f"{name} {statistics.median(seconds):.1f} s" for name, seconds in ours.phases.items()
+    )
     return "\n".join([*lines, "", f"Ours by phase: {phases}.", ""])
 
 
 def bench_train_step(
     model_folder: str, benchmark: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """All trainers in turn; the benchmark's own time is that of ours."""
+    """All trainers in turn; the benchmark's own time is that of the first run of ours."""
     from transformers import AutoTokenizer
 
     from trainer.templates import template_by_name
@@ -179,15 +201,19 @@ def bench_train_step(
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
     prompt_tokens = len(template.prompt_ids(questions()[0], tokenizer))
-    (tmp_path / "reference").mkdir()
     flops = measured_flops()
-    results = [benchmark.pedantic(run_ours, ("ours", "auto", model_folder, tmp_path), rounds=1)]
-    results.append(
-        run_ours("ours, backend=reference", "reference", model_folder, tmp_path / "reference")
-    )
+    first = ("ours", "auto", model_folder, tmp_path / "first")
+    ours = benchmark.pedantic(run_ours, first, rounds=1)
+    of_trl = []
     if find_spec("trl") is not None:
-        results.append(run_trl("TRL", "checkpointing", model_folder))
-        results.append(run_trl("TRL, no checkpointing", "plain", model_folder))
+        of_trl.append(run_trl("TRL", "checkpointing", model_folder))
+    reference = ("ours, backend=reference", "reference", model_folder, tmp_path / "reference")
+    results = [run_ours(*reference)]
+    if of_trl:
+        of_trl.append(run_trl("TRL, no checkpointing", "plain", model_folder))
+        of_trl[0] += run_trl("TRL", "checkpointing", model_folder, seed=1)
+    ours += run_ours("ours", "auto", model_folder, tmp_path / "last", seed=1)
+    results = [ours, *results, *of_trl]
     text = table(results, flops, prompt_tokens)
     benchmark.extra_info["results"] = [asdict(each) for each in results]
     print(f"\n{text}")

@@ -1,6 +1,7 @@
-"""TRL's GRPOTrainer in a process of its own: `python trl_steps.py MODEL STEPS CHECKPOINTING`.
+"""TRL's GRPOTrainer in a process of its own: `python trl_steps.py MODEL STEPS KIND SEED`.
 
-Prints one JSON object: seconds of each step, and mean completion length.
+KIND is checkpointing or plain. Prints one JSON object: seconds of each step, and mean completion
+length.
 """
 
 import json
@@ -32,7 +33,7 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def main(model: str, steps: int, checkpointing: bool) -> None:
+def main(model: str, steps: int, checkpointing: bool, seed: int) -> None:
     """Trains and prints."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
@@ -49,6 +50,7 @@ def main(model: str, steps: int, checkpointing: bool) -> None:
             num_generations=GROUP_SIZE,
             max_completion_length=MAX_NEW_TOKENS,
             max_steps=steps,
+            seed=seed,
             loss_type="dr_grpo",
             scale_rewards="none",
             learning_rate=2e-6,
@@ -76,4 +78,4 @@ def main(model: str, steps: int, checkpointing: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "checkpointing")
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "checkpointing", int(sys.argv[4]))
