@@ -110,7 +110,7 @@ def run_ours(name: str, backend: str, model: str, folder: Path, seed: int = 0) -
         "run-dir": folder / "run",
         "backend": backend,
         "template": TEMPLATE,
-        "micro-batch-tokens": 512,
+        "micro-batch-tokens": 384,
         "steps": STEPS,
         "seed": seed,
         "num-prompts": NUM_PROMPTS,
