@@ -3,11 +3,11 @@ TRL's GRPOTrainer, on SmolLM2-135M with the same prompts, lengths and dtype.
 
 Each runs in a process of its own, one after the other: its peak memory is the operating system's
 word for that process, and no library leaves threads or pages to the next. Ours and TRL run twice,
-with two seeds, ours first and last: a machine whose speed drifts is slow for both. 2 prompts, 8
-completions each of at most 128 tokens, float32. The first step of a process, which warms up, is
-left out. MFU: FLOP of the model itself (2 a weight and token forward, 6 with backward; prompt
-tokens once a completion, as in padded training) over what a large matrix product reaches on the
-same threads.
+with two seeds, ours first and last: a machine whose speed drifts is slow for both. 2 prompts, the
+same in every step, 8 completions each of at most 128 tokens, float32. The first step of a process,
+which warms up, is left out. MFU: FLOP of the model itself (2 a weight and token forward, 6 with
+backward; prompt tokens once a completion, as in padded training) over what a large matrix product
+reaches on the same threads.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, TEMPLATE, questions
+from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, QUESTIONS, TEMPLATE
 
 from trainer.config import UsageError
 from trainer.model_loading import resolve_model
@@ -102,18 +102,20 @@ def run_measured(command: list[str]) -> tuple[str, int]:
 def run_ours(name: str, backend: str, model: str, folder: Path, seed: int = 0) -> StepResult:
     """Steps of `trainer/train.py`."""
     folder.mkdir()
-    data = folder / "questions.jsonl"
-    data.write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in questions()))
+    data, held_out = folder / "questions.jsonl", folder / "held-out.jsonl"
+    for path, asked in ((data, QUESTIONS), (held_out, ("What is 1 + 1?",))):
+        path.write_text("".join(json.dumps({"question": q, "answer": "2"}) + "\n" for q in asked))
     options: dict[str, Any] = {
         "model": model,
         "dataset": data,
+        "eval-dataset": held_out,
         "run-dir": folder / "run",
         "backend": backend,
         "template": TEMPLATE,
         "micro-batch-tokens": 384,
         "steps": STEPS,
         "seed": seed,
-        "num-prompts": NUM_PROMPTS,
+        "num-prompts": len(QUESTIONS),
         "group-size": GROUP_SIZE,
         "max-new-tokens": MAX_NEW_TOKENS,
         "eval-problems": 1,
@@ -175,7 +177,7 @@ def table(results: list[StepResult], flops: float, prompt_tokens: int) -> str:
     ]
     ours = results[0]
     for each in results:
-        completions = NUM_PROMPTS * GROUP_SIZE
+        completions = len(QUESTIONS) * GROUP_SIZE
         tokens = completions * each.completion_tokens
         work = WEIGHTS * (2 * tokens + 6 * (tokens + completions * prompt_tokens))
         lines.append(
@@ -200,7 +202,7 @@ def bench_train_step(
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
-    prompt_tokens = len(template.prompt_ids(questions()[0], tokenizer))
+    prompt_tokens = len(template.prompt_ids(QUESTIONS[0], tokenizer))
     flops = measured_flops()
     first = ("ours", "auto", model_folder, tmp_path / "first")
     ours = benchmark.pedantic(run_ours, first, rounds=1)

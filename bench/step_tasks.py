@@ -3,17 +3,9 @@
 import hashlib
 
 TEMPLATE = "chat"
-NUM_PROMPTS, GROUP_SIZE, MAX_NEW_TOKENS = 2, 8, 128
-
-
-def questions() -> list[str]:
-    """Sums and products; SmolLM2 answers them in some 70 tokens of the 128 it may take."""
-    return [
-        f"What is {index + 12} + {2 * index + 9}?"
-        if index % 2
-        else f"How much is {index + 3} times {index + 5}?"
-        for index in range(32)
-    ]
+GROUP_SIZE, MAX_NEW_TOKENS = 8, 128
+# Of every step, for all trainers; SmolLM2 answers them in some 70 of the 128 tokens.
+QUESTIONS = ("What is 12 + 9?", "How much is 4 times 6?")
 
 
 def coin(completions: list[str], **_: object) -> list[float]:

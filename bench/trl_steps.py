@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from datasets import Dataset
-from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, NUM_PROMPTS, TEMPLATE, coin, questions
+from step_tasks import GROUP_SIZE, MAX_NEW_TOKENS, QUESTIONS, TEMPLATE, coin
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -37,16 +37,14 @@ def main(model: str, steps: int, checkpointing: bool, seed: int) -> None:
     """Trains and prints."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = template_by_name(TEMPLATE).for_tokenizer(tokenizer)
-    prompts = [
-        tokenizer.decode(template.prompt_ids(question, tokenizer)) for question in questions()
-    ]
+    prompts = [tokenizer.decode(template.prompt_ids(question, tokenizer)) for question in QUESTIONS]
     clock = StepClock()
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=coin,
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=NUM_PROMPTS * GROUP_SIZE,
+            per_device_train_batch_size=len(QUESTIONS) * GROUP_SIZE,
             num_generations=GROUP_SIZE,
             max_completion_length=MAX_NEW_TOKENS,
             max_steps=steps,
